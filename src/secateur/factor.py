@@ -1,0 +1,59 @@
+"""The triangular factor of an inverse second-moment matrix, as SparseGPT uses it.
+
+H: (in, in) symmetric.  U: upper triangular with H^-1 = U^T U, so that U_ii^2 is the i-th diagonal entry of the
+inverse of H restricted to the inputs i, i+1, ...
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """`upper` is U; `dead` marks inputs that were always zero; `note` says what had to be done, or is empty."""
+
+    upper: Tensor
+    dead: Tensor
+    note: str = ""
+
+
+def inverse_factor(gram: Tensor, damping: float = 0.01, retries: int = 3) -> InverseFactor:
+    """U for H = gram + damping * mean(diag(gram)) * I.
+
+    A matrix that is not positive definite is tried again with ten times the damping, `retries` times; then the
+    off-diagonal entries are dropped.
+
+    Args:
+        gram: (in, in) second-moment matrix; not changed.
+        damping: share of the mean of the diagonal that is added to it.
+
+    Source:
+        Frantar and Alistarh 2023, arXiv:2301.00774, section 3. One factorisation of the reversed matrix and one
+        triangular inverse stand for its three steps; the factor is the same, since it is unique.
+
+    >>> factor = inverse_factor(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), damping=0.0)
+    >>> (factor.upper.T @ factor.upper).inverse().round(decimals=3).tolist()
+    [[2.0, 1.0], [1.0, 2.0]]
+    """
+    dead = gram.diagonal() == 0
+    h = gram.clone()
+    diagonal = h.diagonal()
+    diagonal[dead] = 1.0
+    step = float(diagonal.mean())
+    added = 0.0
+    for attempt in range(retries + 1):
+        wanted = damping * 10**attempt
+        diagonal += (wanted - added) * step
+        added = wanted
+        lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
+        if int(info) == 0 and bool(torch.isfinite(lower).all()):
+            eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            note = f"not positive definite; damping raised from {damping:g} to {wanted:g}" if attempt else ""
+            return InverseFactor(upper, dead, note)
+    note = f"not positive definite even with damping {added:g}; only its diagonal was used"
+    return InverseFactor(torch.diag(diagonal.clamp(min=torch.finfo(h.dtype).tiny).rsqrt()), dead, note)

@@ -1,0 +1,61 @@
+"""From calibration ids to the keyword arguments of a model's forward pass, in micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.data.calibration import Calibration
+from secateur.errors import InvalidParameter, UsageError
+from secateur.scout import Batch
+
+Data = Calibration | Tensor | Sequence[Mapping[str, Tensor]]
+
+
+def batches_of(model: nn.Module, data: Data, batch_size: int = 1) -> list[Batch]:
+    """Micro-batches for `model`.
+
+    Args:
+        data: a calibration, a (n, seqlen) tensor of token ids, or ready batches (keyword arguments with their
+            attention masks), which are passed through.
+        batch_size: sequences a batch.
+
+    Returns:
+        Keyword arguments. An encoder-decoder reads the first half of every sequence in its encoder and the second
+        half, shifted by the start token, in its decoder.
+
+    >>> batches_of(nn.Linear(1, 1), torch.arange(6).view(3, 2), batch_size=2)[1]
+    {'input_ids': tensor([[4, 5]])}
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InvalidParameter("batch_size", "prune", "a whole number >= 1", batch_size)
+    if isinstance(data, Sequence):
+        return list(data)
+    ids = data.ids if isinstance(data, Calibration) else data
+    if ids.dim() != 2 or ids.is_floating_point() or not len(ids):
+        raise UsageError(
+            f"calibration ids must be (n, seqlen) whole numbers; got {ids.dtype} of shape {tuple(ids.shape)}"
+        )
+    lookup: Any = getattr(model, "get_input_embeddings", None)
+    embedding = lookup() if lookup else None
+    if isinstance(embedding, nn.Embedding) and not 0 <= int(ids.min()) <= int(ids.max()) < embedding.num_embeddings:
+        raise UsageError(
+            f"calibration ids reach from {int(ids.min())} to {int(ids.max())}, but the model embeds "
+            f"{embedding.num_embeddings} tokens; were they made with another tokenizer?"
+        )
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return [_two_stacks(config, part) for part in ids.split(batch_size)]
+    return [{"input_ids": part} for part in ids.split(batch_size)]
+
+
+def _two_stacks(config: Any, ids: Tensor) -> Batch:
+    half = ids.shape[1] // 2
+    if not half:
+        raise UsageError(f"an encoder-decoder needs sequences of at least 2 tokens; got {ids.shape[1]}")
+    start = getattr(config, "decoder_start_token_id", None)
+    first = torch.full_like(ids[:, :1], 0 if start is None else start)
+    return {"input_ids": ids[:, :half], "decoder_input_ids": torch.cat([first, ids[:, half:-1]], dim=1)}

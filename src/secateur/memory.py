@@ -1,0 +1,58 @@
+"""Peak memory of a piece of work: what the operating system and the accelerator saw."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass
+class Peak:
+    """Filled when the `with` block ends. Bytes."""
+
+    host: int = 0  # highest resident set; of the whole process life where the system cannot reset it
+    device: int = 0  # highest allocation on CUDA, 0 without
+
+    @property
+    def bytes(self) -> int:
+        """What to report: the device's peak where one is used, the host's otherwise."""
+        return self.device or self.host
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Measure the peak while the block runs.
+
+    >>> with peak_memory(torch.device("cpu")) as peak:
+    ...     _ = torch.zeros(1000)
+    >>> peak.bytes > 0
+    True
+    """
+    peak = Peak()
+    with contextlib.suppress(OSError):  # 5 resets the high-water mark of this process; not every kernel allows it
+        _CLEAR.write_text("5")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        yield peak
+    finally:
+        peak.host = _high_water()
+        if device.type == "cuda":
+            peak.device = torch.cuda.max_memory_allocated(device)
+
+
+def _high_water() -> int:
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,147 @@
+"""What a pruning run would do and cost: `--dry-run`."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.allocation import Allocation
+from secateur.inputs import Data, batches_of
+from secateur.job import Job, Uncalled, check_job, coverage_of
+from secateur.masks import NM, Pattern
+from secateur.methods import LayerView, Method
+from secateur.result import Coverage
+from secateur.scout import Batch
+from secateur.statistics import Bundle
+from secateur.walk import Arrival, Schedule, evaluating, walk
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The request, what was found, and estimates: seconds from one sequence and one block, memory from shapes."""
+
+    method: dict[str, Any]
+    pattern: str
+    schedule: str
+    allocation: dict[str, Any]
+    target: float | None
+    blocks: int
+    layers: dict[str, int]  # kind -> number
+    weights: int  # in those layers
+    parameters: int  # of the whole model
+    coverage: Coverage
+    passes: int
+    tokens: int
+    estimated_seconds: float
+    estimated_memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def plan(
+    model: nn.Module,
+    method: Method,
+    calibration: Data | tuple[int, int] | None = None,
+    *,
+    sparsity: float | None = None,
+    pattern: Pattern | None = None,
+    allocation: Allocation | None = None,
+    schedule: Schedule | None = None,
+    include: Sequence[str] = ("all",),
+    exclude: Sequence[str] = (),
+    batch_size: int = 1,
+    uncalled: Uncalled = "dense",
+) -> Plan:
+    """Check a request and estimate its cost; the model is not changed.
+
+    Args:
+        calibration: as for `prune`, or just its shape (n, seqlen).
+
+    Raises:
+        The errors that `prune` would raise before it touches anything.
+    """
+    job = check_job(
+        model, method, sparsity=sparsity, pattern=pattern, allocation=allocation, schedule=schedule,
+        include=include, exclude=exclude, uncalled=uncalled,
+    )  # fmt: skip
+    if isinstance(calibration, tuple):
+        calibration = torch.zeros(calibration, dtype=torch.long)
+    batches = batches_of(model, calibration, batch_size) if calibration is not None and job.needs_data else []
+    tokens = sum(value.numel() for batch in batches for name, value in batch.items() if name.endswith("input_ids"))
+    passes = _passes(job) if batches else 0
+    with evaluating(model):
+        coverage = coverage_of(model, job, batches)
+        seconds = _seconds(model, job, batches, passes)
+    return Plan(
+        method={"name": method.name(), **asdict(method)},
+        pattern=str(job.pattern),
+        schedule=job.schedule if job.needs_data else "none",
+        allocation={"name": job.allocation.name(), **asdict(job.allocation)},
+        target=job.sparsity,
+        blocks=len(job.found.blocks),
+        layers=dict(Counter(layer.kind for layer in job.layers)),
+        weights=sum(layer.weight.numel() for layer in job.layers),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        coverage=coverage,
+        passes=passes,
+        tokens=tokens,
+        estimated_seconds=seconds,
+        estimated_memory_bytes=_memory(model, job, tokens),
+    )
+
+
+def _passes(job: Job) -> int:
+    own = 0 if not job.method.needs else 2 if job.schedule == "block" else 1
+    scores = 1 if job.globally and job.method.solves else 0
+    return own + scores + (1 if job.allocation.needs else 0)
+
+
+def _seconds(model: nn.Module, job: Job, batches: Sequence[Batch], passes: int) -> float:
+    """One batch through the model, its statistics and selection timed on the first block and scaled up."""
+    first = [layer for layer in job.layers if layer.block == job.layers[0].block]
+    scale = sum(x.weight.numel() for x in job.layers) / sum(x.weight.numel() for x in first)
+    select = 0.0
+
+    def time_selection(arrivals: list[Arrival]) -> None:
+        nonlocal select
+        for arrival in arrivals:
+            weight = arrival.layer.weight
+            wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+            started = time.perf_counter()
+            pattern = job.method.native if job.globally else job.pattern
+            target = pattern.sparsity if isinstance(pattern, NM) else job.sparsity or 0.5
+            assert isinstance(arrival.seen, Bundle)
+            job.method.prune_layer(LayerView(arrival.layer.name, wide, arrival.seen), pattern, target)
+            select += time.perf_counter() - started
+
+    if not batches:
+        return 0.0
+    timed = walk(
+        model, batches[:1], first, blocks=job.found.blocks, collector=lambda: Bundle(job.method.needs),
+        visit=time_selection, schedule="oneshot",
+    )  # fmt: skip
+    return passes * len(batches) * (timed.forward_seconds + scale * timed.collect_seconds) + scale * select
+
+
+def _memory(model: nn.Module, job: Job, tokens: int) -> int:
+    """Model, what paused batches hold, statistics, and one layer at work."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    width = min(layer.shape[1] for layer in job.layers)
+    held = {"sequential": 5, "block": 2, "oneshot": 0}[job.schedule]
+    activations = held * tokens * width * job.layers[0].weight.element_size()
+    sizes = [sum(kind.bytes_for(layer.shape[1]) for kind in job.method.needs) for layer in job.layers]
+    statistics = max(sizes, default=0) if job.schedule == "sequential" else sum(sizes)
+    if job.schedule == "block":
+        statistics = max(
+            sum(s for s, x in zip(sizes, job.layers, strict=True) if x.block == b) for b in job.found.blocks
+        )
+    work = 3 * 4 * max(layer.weight.numel() for layer in job.layers)
+    return weights + activations + statistics + work

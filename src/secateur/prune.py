@@ -1,0 +1,264 @@
+"""prune(model, method, ...): an allocation, a walk and a method, joined."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.allocation import Allocation
+from secateur.data.calibration import Calibration
+from secateur.errors import NumericalFailure, UsageError
+from secateur.inputs import Data, batches_of
+from secateur.job import Job, Uncalled, check_job, coverage_of
+from secateur.masks import Pattern, Unstructured, keep_model
+from secateur.memory import peak_memory
+from secateur.methods import LayerView, Method
+from secateur.methods.magnitude import Magnitude
+from secateur.models.layers import Layer
+from secateur.progress import Progress, silent
+from secateur.result import PrunedLayer, PruneResult
+from secateur.scout import Batch
+from secateur.statistics import Bundle, SecondMoment, Statistic
+from secateur.walk import Arrival, Schedule, Walked, evaluating, walk
+
+
+def prune(
+    model: nn.Module,
+    method: Method,
+    calibration: Data | None = None,
+    *,
+    sparsity: float | None = None,
+    pattern: Pattern | None = None,
+    allocation: Allocation | None = None,
+    schedule: Schedule | None = None,
+    include: Sequence[str] = ("all",),
+    exclude: Sequence[str] = (),
+    batch_size: int = 1,
+    uncalled: Uncalled = "dense",
+    progress: Progress = silent,
+) -> PruneResult:
+    """Prune a model in place.
+
+    Args:
+        model: any transformers model, on one device, with plain floating-point weights.
+        method: what to prune by, for example `Wanda()`.
+        calibration: token ids (see `secateur.calibration`), a (n, seqlen) tensor, or ready batches with their
+            attention masks. Methods that need no data ignore it.
+        sparsity: share of the weights removed, in [0, 1). Left out for n:m patterns.
+        pattern: comparison group or n:m; None is the method's own.
+        allocation: how the sparsity is spread over the layers; None is uniform.
+        schedule: "sequential" (the default), "block" or "oneshot"; see `secateur.walk`.
+        include, exclude: kinds of layers or patterns over their names.
+        batch_size: sequences that run together.
+        uncalled: what to do with a layer whose weight is used without a call.
+        progress: told how far the walk is.
+
+    Returns:
+        What was cut, layer by layer, and what the user should know.
+
+    Raises:
+        UsageError: the request cannot be met; nothing was touched.
+        LowCoverage: under 90 % of the weights asked for are in layers that the engine sees; nothing was touched.
+        NumericalFailure: a statistic or score is not finite; the model is then partly pruned.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from secateur.methods.wanda import Wanda
+    >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+    ...     num_attention_heads=2, num_key_value_heads=1, vocab_size=20))
+    >>> prune(model, Wanda(), torch.randint(20, (2, 8)), sparsity=0.5).sparsity_layers
+    0.5
+    """
+    job = check_job(
+        model, method, sparsity=sparsity, pattern=pattern, allocation=allocation, schedule=schedule,
+        include=include, exclude=exclude, uncalled=uncalled,
+    )  # fmt: skip
+    batches: list[Batch] = []
+    if job.needs_data:
+        if calibration is None:
+            who = method.name() if method.needs else f"the {job.allocation.name()} allocation"
+            raise UsageError(f"{who} needs calibration data: pass ids, or name a text with --calibration")
+        batches = batches_of(model, calibration, batch_size)
+    started = time.perf_counter()
+    weight = job.layers[0].weight
+    with evaluating(model), peak_memory(weight.device) as peak:
+        run = _Run(model, job, batches, progress)
+        run.all()
+    seconds = {"total": time.perf_counter() - started} | run.seconds
+    pruned = sum(layer.sparsity * layer.shape[0] * layer.shape[1] for layer in run.records)
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    return PruneResult(
+        method={"name": method.name(), **asdict(method)},
+        pattern=str(job.pattern),
+        schedule=job.schedule if job.needs_data else "none",
+        allocation={"name": job.allocation.name(), **asdict(job.allocation)},
+        target=job.sparsity,
+        sparsity_layers=pruned / sum(layer.shape[0] * layer.shape[1] for layer in run.records),
+        sparsity_model=pruned / everything,
+        layers=tuple(run.records),
+        calibration=_record(calibration) if job.needs_data else None,
+        coverage=run.coverage,
+        passes=run.passes,
+        seconds=seconds,
+        peak_memory_bytes=peak.bytes,
+        device=str(weight.device),
+        dtype=str(weight.dtype).removeprefix("torch."),
+        warnings=tuple(run.warnings),
+    )
+
+
+class _Run:
+    """The state of one run: statistics come in, masks go out."""
+
+    def __init__(self, model: nn.Module, job: Job, batches: list[Batch], progress: Progress) -> None:
+        self.model, self.job, self.batches, self.progress = model, job, batches, progress
+        self.records: list[PrunedLayer] = []
+        self.warnings: list[str] = []
+        self.passes = 0
+        self.seconds = {"forward": 0.0, "collect": 0.0, "select": 0.0}
+        self.targets: dict[Layer, float] = {}
+
+    def all(self) -> None:
+        job = self.job
+        self.coverage = coverage_of(self.model, job, self.batches)
+        if job.globally:
+            self._compare_all()
+        else:
+            seen = self._observe(job.allocation.needs) if job.allocation.needs else {}
+            self.targets = job.allocation.allocate(job.layers, job.sparsity, seen)
+        done = {record.name for record in self.records}
+        if not done:
+            self._prune_all()
+        self.records.sort(key=lambda record: next(x.order for x in job.layers if x.name == record.name))
+
+    def _prune_all(self) -> None:
+        job = self.job
+        if not job.method.needs:
+            started = time.perf_counter()
+            for i, layer in enumerate(job.layers):
+                self._prune(layer, None)
+                self.progress(i + 1, len(job.layers), layer.name)
+            self.seconds["select"] += time.perf_counter() - started
+            return
+        walked = self._walk(job.method.needs, self._visit, job.schedule)
+        for layer in walked.unvisited:
+            self._without_tokens(layer)
+        for name, calls in walked.late.items():
+            self.warnings.append(f"{name}: {calls} calls came after it had been pruned and were not counted")
+
+    def _visit(self, arrivals: list[Arrival]) -> None:
+        for arrival in arrivals:
+            assert isinstance(arrival.seen, Bundle)
+            self._prune(arrival.layer, arrival.seen)
+
+    def _prune(self, layer: Layer, seen: Bundle | None, method: Method | None = None) -> None:
+        method = method or self.job.method
+        view = self._view(layer, seen)
+        keep = method.prune_layer(view, self._pattern(), self.targets[layer])
+        if not torch.isfinite(view.weight.sum()):
+            raise NumericalFailure(f"{method.name()} made weights of {layer.name} that are not finite numbers")
+        self._write(layer, view.weight, keep, seen)
+        self.warnings.extend(view.warnings)
+
+    def _pattern(self) -> Pattern:
+        return Unstructured("layer") if self.job.globally else self.job.pattern
+
+    def _view(self, layer: Layer, seen: Bundle | None) -> LayerView:
+        weight = layer.weight
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32)).contiguous()
+        return LayerView(layer.name, wide, seen or Bundle())
+
+    def _write(self, layer: Layer, weight: Tensor, keep: Tensor, seen: Bundle | None) -> None:
+        target = layer.weight
+        if target.data_ptr() != weight.data_ptr():
+            target.copy_(weight)
+        sparsity = 1 - int(keep.sum()) / keep.numel()
+        tokens = None if seen is None else seen.tokens
+        self.records.append(
+            PrunedLayer(layer.name, layer.block, layer.kind, layer.shape, self.targets[layer], sparsity, tokens)
+        )
+
+    def _without_tokens(self, layer: Layer) -> None:
+        """No input was seen: by magnitude, or left dense as the user chose."""
+        if layer.expert is not None:
+            self.warnings.append(f"{layer.name}: no calibration token reached this expert; pruned by magnitude")
+        elif self.job.uncalled == "magnitude":
+            self.warnings.append(f"{layer.name}: its weight is used without a call; pruned by magnitude")
+        else:
+            self.warnings.append(
+                f"{layer.name}: its weight is used without a call; left dense (--uncalled magnitude prunes it)"
+            )
+            return
+        self._prune(layer, None, Magnitude())
+
+    # scores of all layers at once
+
+    def _compare_all(self) -> None:
+        job = self.job
+        scores: dict[Layer, Tensor] = {}
+
+        def score(arrivals: list[Arrival]) -> None:
+            for arrival in arrivals:
+                assert isinstance(arrival.seen, Bundle)
+                seen[arrival.layer] = arrival.seen
+                view = self._view(arrival.layer, arrival.seen)
+                scores[arrival.layer] = job.method.score(view)
+                self.warnings.extend(view.warnings)
+
+        seen: dict[Layer, Bundle] = {}
+        left: list[Layer] = []
+        if job.method.needs:
+            left = self._walk(job.method.needs, score, "oneshot").unvisited
+        else:
+            scores = {layer: job.method.score(self._view(layer, None)) for layer in job.layers}
+        assert job.sparsity is not None
+        keeps = dict(zip(scores, keep_model(list(scores.values()), job.sparsity), strict=True))
+        self.targets = {layer: 1 - int(keep.sum()) / keep.numel() for layer, keep in keeps.items()}
+        self.targets |= dict.fromkeys(left, job.sparsity)
+        if job.method.solves:
+            return  # each layer's share is known now; the solver chooses inside the layer
+        for layer, keep in keeps.items():
+            self._write(layer, self._view(layer, None).weight.masked_fill_(~keep, 0), keep, seen.get(layer))
+        for layer in left:
+            self._without_tokens(layer)
+
+    # walking
+
+    def _observe(self, needs: tuple[type[Statistic], ...]) -> dict[Layer, SecondMoment]:
+        seen: dict[Layer, SecondMoment] = {}
+
+        def remember(arrivals: list[Arrival]) -> None:
+            for arrival in arrivals:
+                assert isinstance(arrival.seen, Bundle)
+                seen[arrival.layer] = arrival.seen[SecondMoment]
+
+        self._walk(needs, remember, "oneshot")
+        return seen
+
+    def _walk(self, needs: tuple[type[Statistic], ...], visit: Any, schedule: Schedule) -> Walked:
+        walked = walk(
+            self.model, self.batches, self.job.layers, blocks=self.job.found.blocks, collector=lambda: Bundle(needs),
+            visit=visit, schedule=schedule, progress=self.progress,
+        )  # fmt: skip
+        self.passes += walked.passes
+        self.seconds["forward"] += walked.forward_seconds
+        self.seconds["collect"] += walked.collect_seconds
+        self.seconds["select"] += walked.visit_seconds
+        return walked
+
+
+def _record(calibration: Data | None) -> Mapping[str, Any]:
+    if isinstance(calibration, Calibration):
+        return calibration.record
+    if isinstance(calibration, Tensor):
+        return {
+            "text": None,
+            "samples": calibration.shape[0],
+            "seqlen": calibration.shape[1],
+            "how": "ids of the caller",
+        }
+    return {"text": None, "samples": len(calibration or ()), "how": "batches of the caller"}
