@@ -42,8 +42,8 @@ def inverse_factor(gram: Tensor, damping: float = 0.01, retries: int = 3) -> Inv
     dead = gram.diagonal() == 0
     h = gram.clone()
     diagonal = h.diagonal()
-    diagonal[dead] = 1.0
-    step = float(diagonal.mean())
+    step = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
+    diagonal[dead] = step  # the references put 1 here and into the mean, so that the scale of X would matter
     added = 0.0
     for attempt in range(retries + 1):
         wanted = damping * 10**attempt

@@ -41,9 +41,21 @@ FAMILIES: dict[str, tuple[str, str, dict[str, object]]] = {
         _LLAMA | {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", _LLAMA),
-    "opt": ("OPTForCausalLM", "OPTConfig", _OPT | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64}),
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _OPT | {"intermediate_size": 64, "max_position_embeddings": 64}),
+    "opt": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        _OPT | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    ),
+    "gpt_neox": (
+        "GPTNeoXForCausalLM",
+        "GPTNeoXConfig",
+        _OPT | {"intermediate_size": 64, "max_position_embeddings": 64},
+    ),
     "bloom": ("BloomForCausalLM", "BloomConfig", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", _MOE | {"num_local_experts": 4}),
     "qwen3_moe": (
@@ -56,21 +68,49 @@ FAMILIES: dict[str, tuple[str, str, dict[str, object]]] = {
         "GptOssConfig",
         _MOE | {"head_dim": 8, "num_local_experts": 4, "sliding_window": 8, "rope_scaling": None},
     ),
-    "mamba": ("MambaForCausalLM", "MambaConfig", _MAMBA | {"state_size": 4, "hidden_size": 64, "time_step_rank": 4}),
-    "mamba2": ("Mamba2ForCausalLM", "Mamba2Config", _MAMBA | {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8}),
+    "mamba": ("MambaForCausalLM", "MambaConfig", _MAMBA | {"state_size": 4, "hidden_size": 64, "time_step_rank": 8}),
+    "mamba2": (
+        "Mamba2ForCausalLM",
+        "Mamba2Config",
+        _MAMBA | {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8},
+    ),
     "jamba": (
         "JambaForCausalLM",
         "JambaConfig",
         _MOE
-        | {"num_hidden_layers": 4, "num_experts": 4, "attn_layer_period": 4, "attn_layer_offset": 1, "expert_layer_period": 2}
-        | {"expert_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+        | {
+            "num_hidden_layers": 4,
+            "num_experts": 4,
+            "attn_layer_period": 4,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+        }
+        | {"expert_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 8, "use_mamba_kernels": False},
     ),
     "zamba2": (
         "Zamba2ForCausalLM",
         "Zamba2Config",
-        {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]}
-        | {"mamba_d_state": 8, "mamba_headdim": 8, "n_mamba_heads": 8, "mamba_ngroups": 1, "chunk_size": 8, "use_mem_rope": False}
-        | {"num_attention_heads": 4, "intermediate_size": 64, "num_mem_blocks": 1, "adapter_rank": 4, "pad_token_id": 0},
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        }
+        | {
+            "mamba_d_state": 8,
+            "mamba_headdim": 8,
+            "n_mamba_heads": 8,
+            "mamba_ngroups": 1,
+            "chunk_size": 8,
+            "use_mem_rope": False,
+        }
+        | {
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "num_mem_blocks": 1,
+            "adapter_rank": 8,
+            "pad_token_id": 0,
+        },
     ),
     "bert": (
         "BertForMaskedLM",
@@ -88,7 +128,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, object]]] = {
         {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
         | {"decoder_start_token_id": 0, "pad_token_id": 0},
     ),
-}  # fmt: skip
+}
 
 
 def make(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
