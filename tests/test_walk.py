@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent / "contract"))
 from families import ids, make
+from torch import Tensor, nn
 
 from secateur.errors import UsageError
 from secateur.inputs import batches_of
 from secateur.methods.sparsegpt import SparseGPT
 from secateur.methods.wanda import Wanda
 from secateur.models.layers import find, find_layers
-from secateur.prune import prune
+from secateur.pruning import prune
 from secateur.statistics import Gram, SecondMoment
 from secateur.walk import Arrival, Walked, walk
 

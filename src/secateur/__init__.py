@@ -1,3 +1,90 @@
-"""Secateur prunes language models and says honestly what the cut did."""
+"""Secateur prunes language models and says honestly what the cut did.
+
+>>> import secateur as sc
+>>> sc.NM(2, 4)
+NM(n=2, m=4)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from secateur.allocation import Owl, Table, Uniform
+    from secateur.data.calibration import calibration
+    from secateur.data.text import read_text
+    from secateur.errors import SecateurError
+    from secateur.evaluate import fidelity, layer_errors, perplexity, sparsity
+    from secateur.masks import NM, Unstructured
+    from secateur.methods import Method, find_methods
+    from secateur.methods.magnitude import Magnitude
+    from secateur.methods.ria import RIA
+    from secateur.methods.sparsegpt import SparseGPT
+    from secateur.methods.wanda import Wanda
+    from secateur.models.layers import find_layers
+    from secateur.models.load import load
+    from secateur.models.save import save
+    from secateur.planning import plan
+    from secateur.pruning import prune
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "allocation": ("Owl", "Table", "Uniform"),
+    "data.calibration": ("calibration",),
+    "data.text": ("read_text",),
+    "errors": ("SecateurError",),
+    "evaluate": ("fidelity", "layer_errors", "perplexity", "sparsity"),
+    "masks": ("NM", "Unstructured"),
+    "methods": ("Method", "find_methods"),
+    "methods.magnitude": ("Magnitude",),
+    "methods.ria": ("RIA",),
+    "methods.sparsegpt": ("SparseGPT",),
+    "methods.wanda": ("Wanda",),
+    "models.layers": ("find_layers",),
+    "models.load": ("load",),
+    "models.save": ("save",),
+    "planning": ("plan",),
+    "pruning": ("prune",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "NM",
+    "RIA",
+    "Magnitude",
+    "Method",
+    "Owl",
+    "SecateurError",
+    "SparseGPT",
+    "Table",
+    "Uniform",
+    "Unstructured",
+    "Wanda",
+    "calibration",
+    "fidelity",
+    "find_layers",
+    "find_methods",
+    "layer_errors",
+    "load",
+    "perplexity",
+    "plan",
+    "prune",
+    "read_text",
+    "save",
+    "sparsity",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Public names are imported when they are first used, so that `secateur --help` needs no torch."""
+    if name in _MODULE_OF:
+        value = getattr(import_module(f"secateur.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'secateur' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -74,6 +74,26 @@ class Unstructured:
             return keep_highest(score.t().contiguous(), drop_count(score.shape[0], sparsity)).t()
         return keep_highest(score.reshape(1, -1), drop_count(score.numel(), sparsity)).view(score.shape)
 
+    def keep_part(self, score: Tensor, sparsity: float, start: int) -> Tensor:
+        """Keep mask of some consecutive columns of a layer, chosen among themselves.
+
+        Counts are those of the columns up to the end less those up to `start`, so that the parts of a layer add
+        up to exactly what `keep` would drop.
+
+        Args:
+            score: (out, columns) scores of the columns from `start` on.
+
+        >>> [int((~Unstructured("row").keep_part(torch.rand(1, 3), 0.5, start)).sum()) for start in (0, 3)]
+        [2, 1]
+        """
+        rows, columns = score.shape
+        if self.per == "column":
+            return self.keep(score, sparsity)
+        unit = 1 if self.per == "row" else rows
+        drop = drop_count((start + columns) * unit, sparsity) - drop_count(start * unit, sparsity)
+        groups = score.contiguous() if self.per == "row" else score.reshape(1, -1)
+        return keep_highest(groups, drop).view(rows, columns)
+
 
 @dataclass(frozen=True)
 class NM:

@@ -12,7 +12,7 @@ from secateur.errors import UsageError
 from secateur.masks import NM, Pattern, Unstructured, parse_pattern
 from secateur.methods import find_methods, make_method
 from secateur.models.layers import find_layers
-from secateur.prune import prune
+from secateur.pruning import prune
 
 METHODS = sorted(find_methods())
 PATTERNS = ["row", "layer", "column", "model", "2:4", "4:8", "1:4", "6:8"]

@@ -15,7 +15,7 @@ import naive
 from secateur.inputs import batches_of
 from secateur.methods.wanda import Wanda
 from secateur.models.layers import Layer, find, find_layers
-from secateur.prune import prune
+from secateur.pruning import prune
 from secateur.scout import run, scout
 from secateur.statistics import SecondMoment
 from secateur.walk import walk

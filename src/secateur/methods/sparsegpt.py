@@ -17,7 +17,7 @@ from torch import Tensor
 
 from secateur.errors import InvalidParameter
 from secateur.factor import InverseFactor, inverse_factor
-from secateur.masks import NM, Pattern, Unstructured, drop_count, keep_highest
+from secateur.masks import NM, Pattern, Unstructured
 from secateur.methods import LayerView, Method
 from secateur.statistics import Gram
 
@@ -65,7 +65,7 @@ class SparseGPT(Method):
             lost = torch.zeros_like(w[start:end])  # e
             if isinstance(pattern, Unstructured):
                 saliency = _saliency(w[start:end], diagonal[start:end], factor.dead[start:end])
-                keep[start:end] = _keep_block(saliency, pattern, sparsity, start, end)
+                keep[start:end] = pattern.keep_part(saliency.t(), sparsity, start).t()
             for left in range(start, end, strip):
                 right = min(left + strip, end)
                 for j in range(left, right):
@@ -91,17 +91,5 @@ class SparseGPT(Method):
 
 
 def _saliency(w: Tensor, diagonal: Tensor, dead: Tensor) -> Tensor:
-    """(columns, out); dead columns come first of all to go."""
+    """(columns, out) -> S^T; dead columns are the first to go."""
     return (w / diagonal[:, None]).square_().masked_fill_(dead[:, None], -1.0)
-
-
-def _keep_block(saliency: Tensor, pattern: Unstructured, sparsity: float, start: int, end: int) -> Tensor:
-    """(columns, out) bool. Counts are cut from the layer's, so that they add up to it exactly."""
-    rows = saliency.shape[1]
-    if pattern.per == "column":
-        return keep_highest(saliency, drop_count(rows, sparsity))
-    if pattern.per == "row":
-        drop = drop_count(end, sparsity) - drop_count(start, sparsity)
-        return keep_highest(saliency.t().contiguous(), drop).t()
-    drop = drop_count(end * rows, sparsity) - drop_count(start * rows, sparsity)
-    return keep_highest(saliency.t().reshape(1, -1), drop).view(rows, end - start).t()

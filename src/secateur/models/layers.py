@@ -15,8 +15,6 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import ModelNotSupported, UnknownName, UsageError
 
@@ -91,6 +89,8 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ModelNotSupported: no `ModuleList` of blocks was found.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     no_split = set(getattr(model, "_no_split_modules", None) or ())
     lists = list(_outermost_lists(model))
     items = {f"{name}.{i}": item for name, children in lists for i, item in enumerate(children)}
@@ -98,7 +98,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
         name: item
         for name, item in items.items()
         if type(item).__name__ in no_split or isinstance(item, GradientCheckpointingLayer)
-    } or {name: item for name, item in items.items() if any(isinstance(m, nn.Linear | Conv1D) for m in item.modules())}
+    } or {name: item for name, item in items.items() if any(_is_linear(m) for m in item.modules())}
     if blocks:
         return blocks
     raise ModelNotSupported(
@@ -233,16 +233,22 @@ def _kind(path: tuple[nn.Module, ...]) -> Kind:
 def _layers_of(
     name: str, block: str, module: nn.Module, ancestors: tuple[nn.Module, ...], kind: Kind
 ) -> Iterator[Layer]:
-    if isinstance(module, nn.Linear | Conv1D):
+    if _is_linear(module):
         if isinstance(module, nn.Linear) and _routes(module, ancestors):
             kind = "router"
-        yield Layer(name, block, kind, (module,), transposed=isinstance(module, Conv1D))
+        yield Layer(name, block, kind, (module,), transposed=not isinstance(module, nn.Linear))
     elif is_experts(module):
         transposed = bool(getattr(module, "is_transposed", False))
         weights = [leaf for leaf in _EXPERT_WEIGHTS if isinstance(getattr(module, leaf, None), nn.Parameter)]
         for expert in range(len(getattr(module, weights[0]))):
             for leaf in weights:
                 yield Layer(f"{name}.{leaf}[{expert}]", block, kind, (module,), leaf, expert, transposed)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D  # stores (in, out)
+
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def is_experts(module: nn.Module) -> bool:

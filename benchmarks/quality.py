@@ -1,0 +1,101 @@
+"""Perplexity of pruned models, methods and schedules side by side, from one calibration set.
+
+    python benchmarks/quality.py [--samples 128] [--seqlen 2048] [--windows 48] [--wikitext PATH]
+
+Texts: the test books of `gutenberg`, and wikitext2's raw test split when a file is given (the hub's by name
+otherwise, where it answers). Writes results/quality.json after every model, so that a long run can be watched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+from machine import store
+from rich.console import Console
+from rich.table import Table
+
+from secateur.data.calibration import calibration
+from secateur.errors import SecateurError
+from secateur.evaluate import fidelity, perplexity
+from secateur.masks import parse_pattern
+from secateur.methods import make_method
+from secateur.models.load import load, resolve
+from secateur.pruning import prune
+
+CASES = (  # method, pattern (None: the method's own), schedule
+    ("magnitude", None, None),
+    ("wanda", None, "sequential"),
+    ("sparsegpt", None, "sequential"),
+    ("wanda", None, "block"),
+    ("sparsegpt", None, "block"),
+    ("ria", None, "sequential"),
+    ("wanda", "2:4", "sequential"),
+    ("sparsegpt", "2:4", "sequential"),
+)
+
+
+def measures(model: Any, dense: Any, tokenizer: Any, texts: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity on every text, and fidelity on the first."""
+    asked: dict[str, Any] = {"seqlen": options.seqlen, "windows": options.windows}
+    found: dict[str, Any] = {text: perplexity(model, tokenizer, text, **asked).to_dict() for text in texts}
+    if model is not dense:
+        few = asked | {"windows": min(8, options.windows or 8)}
+        found["fidelity"] = fidelity(model, dense, tokenizer, texts[0], **few).to_dict()
+    return found
+
+
+def row(table: Table, name: tuple[str, ...], found: dict[str, Any], texts: list[str], seconds: str) -> None:
+    close = found.get("fidelity")
+    table.add_row(
+        *name,
+        *(f"{found[text]['value']:.2f} ± {found[text]['stderr']:.2f}" for text in texts),
+        *((f"{close['js_divergence']:.4f}", f"{close['top1_agreement']:.3f}") if close else ("0", "1")),
+        seconds,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=48)
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--wikitext", default="../shared/data/text/wikitext2_raw_test.txt")
+    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
+    options = parser.parse_args()
+    console = Console()
+    texts = ["gutenberg", options.wikitext if Path(options.wikitext).exists() else "wikitext2"]
+    source = resolve(options.model)
+    dense, tokenizer = load(source, dtype=options.dtype)
+    ids = calibration(tokenizer, "gutenberg", n=options.samples, seqlen=options.seqlen, model=dense)
+    table = Table(
+        "method", "pattern", "schedule", *(Path(t).stem for t in texts), "JS (nats)", "top-1", "seconds to prune"
+    )
+    try:
+        found = measures(dense, dense, tokenizer, texts, options)
+    except SecateurError as error:
+        raise SystemExit(f"quality: {error}") from error
+    rows: list[dict[str, Any]] = [{"method": "dense"} | found]
+    row(table, ("dense", "-", "-"), found, texts, "-")
+    for method, pattern, schedule in CASES[: options.cases]:
+        model = copy.deepcopy(dense)
+        share = {"pattern": parse_pattern(pattern)} if pattern else {"sparsity": options.sparsity}
+        result = prune(model, make_method(method), ids, schedule=schedule, **share)
+        found = measures(model, dense, tokenizer, texts, options)
+        rows.append({"method": method, "pattern": result.pattern, "schedule": result.schedule} | found
+                    | {"sparsity": result.sparsity_layers, "seconds": result.seconds})  # fmt: skip
+        row(table, (method, result.pattern, result.schedule), found, texts, f"{result.seconds['total']:.0f}")
+        record = {"model": source.description, "calibration": ids.record, "sparsity": options.sparsity, "rows": rows}
+        store("quality", record)
+        console.print(f"{method} {result.pattern} {result.schedule}: {found[texts[0]]['value']:.2f}")
+    console.print(table)
+    console.print(f"{source.description}; calibration {options.samples} x {options.seqlen} gutenberg; {options.dtype}")
+
+
+if __name__ == "__main__":
+    main()

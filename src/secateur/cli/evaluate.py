@@ -1,0 +1,163 @@
+"""`secateur evaluate`: measure a model, alone or against the dense one."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from secateur.cli.options import choose, parse
+from secateur.cli.output import STDOUT, check_json, print_table, provenance, warn, write_json
+from secateur.cli.progress_bar import ProgressBar, duration
+from secateur.cli.request import Opened, check_count, check_device, check_dtype, open_model
+from secateur.errors import UsageError
+
+MEASURES = ("perplexity", "fidelity", "sparsity")
+_NEEDS_TEXT = ("perplexity", "fidelity")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Measure a model: perplexity on a text, fidelity to the dense model, sparsity.
+
+    secateur evaluate pruned/ --against smollm2 --text gutenberg
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A folder, a hub id, a .gguf file, or a built-in name: see secateur list models."""
+    against: Annotated[str | None, tyro.conf.arg(metavar="DENSE", help_behavior_hint="")] = None
+    """The model before pruning, for fidelity. Both are held in memory."""
+    text: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "gutenberg"
+    """What to read, its test part: a name (see secateur list texts) or a file, .txt, .parquet, or .jsonl as
+    FILE:FIELD."""
+    measures: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(metavar="NAMES", help_behavior_hint="(all; without --against, all but fidelity)"),
+    ] = ()
+    """Any of perplexity, fidelity and sparsity."""
+    seqlen: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(2048 or the model's limit)")] = None
+    """Tokens in a window."""
+    windows: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(the whole text)")] = None
+    """At most so many windows."""
+    batch_size: int = 1
+    """Windows in one forward call."""
+    dtype: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(the model's own)")] = None
+    """To load and compute in: bfloat16, float16 or float32."""
+    device: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(cpu)")] = None
+    """Where to compute, as cpu or cuda:0."""
+    revision: Annotated[str | None, tyro.conf.arg(metavar="REV", help_behavior_hint="")] = None
+    """Of MODEL on the hub: a branch, tag or commit."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the models. Only for sources you trust."""
+    json: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """Write the record there as JSON; - is standard output."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def run(words: list[str]) -> int:
+    """The whole verb; returns the exit code."""
+    options = parse(EvaluateOptions, words, verb="evaluate")
+    usual = tuple(m for m in MEASURES if options.against or m != "fidelity")
+    measures = tuple(dict.fromkeys(options.measures or usual))
+    for measure in measures:
+        choose("measure", measure, MEASURES)
+    if "fidelity" in measures and options.against is None:
+        raise UsageError("Fidelity compares with the model before pruning: name it with --against DENSE.")
+    if "fidelity" not in measures and options.against is not None:
+        raise UsageError("Only fidelity uses --against: leave it out, or add fidelity to --measures.")
+    check_count("seqlen", options.seqlen, 2, "evaluate")
+    check_count("windows", options.windows, 1, "evaluate")
+    check_count("batch-size", options.batch_size, 1, "evaluate")
+    check_dtype(options.dtype)
+    check_device(options.device)
+    check_json(options.json)
+    text = None
+    with ProgressBar() as progress:
+        if any(measure in _NEEDS_TEXT for measure in measures):
+            from secateur.data.text import read_text
+
+            text = read_text(options.text, "test", progress=progress)
+        results, record = _measure(options, measures, text, progress)
+    record |= provenance(words, "evaluate")
+    if options.json:
+        write_json(options.json, record)
+    if options.json != STDOUT:
+        print_table(_summary(options, results, record))
+    return 0
+
+
+def _measure(
+    options: EvaluateOptions, measures: tuple[str, ...], text: Any, progress: ProgressBar
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    from secateur.evaluate.fidelity import fidelity
+    from secateur.evaluate.perplexity import perplexity
+    from secateur.evaluate.sparsity import sparsity
+
+    opened = _open(options, options.model, options.revision, progress)
+    dense = _open(options, options.against, None, progress) if options.against else None
+    how: dict[str, Any] = {
+        "seqlen": options.seqlen,
+        "windows": options.windows,
+        "batch_size": options.batch_size,
+        "progress": progress,
+    }
+    results: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    for measure in measures:
+        begun = time.perf_counter()
+        if measure == "perplexity":
+            results[measure] = perplexity(opened.model, opened.tokenizer, text, **how)
+        elif measure == "fidelity" and dense is not None:
+            results[measure] = fidelity(
+                opened.model, dense.model, opened.tokenizer, text, dense_tokenizer=dense.tokenizer, **how
+            )
+        elif measure == "sparsity":
+            results[measure] = sparsity(opened.model, progress=progress)
+        seconds[measure] = time.perf_counter() - begun
+    record: dict[str, Any] = {"model": opened.record(), "against": dense.record() if dense else None}
+    record |= {measure: result.to_dict() for measure, result in results.items()}
+    return results, {**record, "pruning": _pruning(opened), "seconds": seconds}
+
+
+def _open(options: EvaluateOptions, name: str, revision: str | None, progress: ProgressBar) -> Opened:
+    return open_model(
+        name,
+        revision=revision,
+        dtype=options.dtype,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+        progress=progress,
+    )
+
+
+def _pruning(opened: Opened) -> dict[str, Any] | None:
+    """What `pruning.json` in the model's folder says was done, in short."""
+    file = Path(opened.source.location) / "pruning.json"
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return {key: record[key] for key in ("method", "pattern", "schedule", "allocation") if key in record}
+    except (OSError, ValueError, TypeError) as error:
+        warn(f"{file} cannot be read: {error}")
+        return None
+
+
+def _summary(options: EvaluateOptions, results: Mapping[str, Any], record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = [("model", f"{options.model} ({record['model']['dtype']})")]
+    pruning = record["pruning"]
+    if pruning:
+        method = pruning.get("method", "?")
+        name = method.get("name", "?") if isinstance(method, dict) else method
+        rows.append(("pruned by", f"{name}, {pruning.get('pattern', '?')}, {pruning.get('schedule', '?')}"))
+    if options.against:
+        rows.append(("against", f"{options.against} ({record['against']['dtype']})"))
+    rows += [(measure, str(result)) for measure, result in results.items()]
+    rows.append(("time", duration(sum(record["seconds"].values()))))
+    return rows

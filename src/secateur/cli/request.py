@@ -1,0 +1,87 @@
+"""What several verbs ask in the same words: checks that need no model, and opening one."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from secateur.cli.options import choose
+from secateur.cli.output import say
+from secateur.errors import InvalidParameter, UsageError
+from secateur.progress import Progress
+
+if TYPE_CHECKING:
+    from secateur.models.load import Source
+
+
+def check_count(option: str, value: int | None, least: int, verb: str) -> None:
+    """Raise unless a number that was given is at least `least`."""
+    if value is not None and value < least:
+        raise InvalidParameter(option, verb, f"a whole number of at least {least}", value)
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raise unless models can be loaded in it; None is the model's own."""
+    if dtype is not None:
+        from secateur.models.load import DTYPES
+
+        choose("dtype", dtype, ("auto", *DTYPES))
+
+
+def check_device(device: str | None) -> None:
+    """Raise unless this torch can put a tensor there."""
+    if device is None:
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=torch.device(device))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).split("\n")[0].split(". ")[0]
+        if why.startswith("Expected one of"):
+            why = "there is no such kind of device"
+        kinds = ("cpu", "cuda", "cuda:0", "mps", "xpu")
+        near = difflib.get_close_matches(device, kinds, n=1)
+        offer = f" Did you mean '{near[0]}'?" if near and near[0] != device else ""
+        raise UsageError(f"--device {device} cannot be used here: {why}.{offer} Use --device cpu.") from error
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model in memory, its tokenizer, and where it came from."""
+
+    model: Any
+    tokenizer: Any
+    source: Source
+    name: str
+
+    def record(self) -> dict[str, object]:
+        """For the JSON."""
+        return {
+            "name": self.name,
+            "source": self.source.description,
+            "location": self.source.location,
+            "revision": self.source.revision,
+            "sha256": self.source.sha256,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": str(self.model.device),
+        }
+
+
+def open_model(
+    name: str,
+    *,
+    revision: str | None,
+    dtype: str | None,
+    device: str | None,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> Opened:
+    """Find and load a model, and tell the person where its weights came from."""
+    from secateur.models.load import load, resolve
+
+    source = resolve(name, revision=revision, progress=progress)
+    say(f"{name}: {source.description}")
+    model, tokenizer = load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress)
+    return Opened(model, tokenizer, source, name)

@@ -1,0 +1,18 @@
+"""Measures of a model: perplexity, fidelity to the dense model, sparsity, error per layer."""
+
+from secateur.evaluate.fidelity import Fidelity, fidelity
+from secateur.evaluate.layers import LayerError, layer_errors
+from secateur.evaluate.perplexity import Perplexity, perplexity
+from secateur.evaluate.sparsity import LayerSparsity, Sparsity, sparsity
+
+__all__ = [
+    "Fidelity",
+    "LayerError",
+    "LayerSparsity",
+    "Perplexity",
+    "Sparsity",
+    "fidelity",
+    "layer_errors",
+    "perplexity",
+    "sparsity",
+]

@@ -1,0 +1,107 @@
+"""secateur evaluate on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def pruned(dense, text, tmp_path_factory):
+    from secateur.cli import main
+
+    folder = tmp_path_factory.mktemp("evaluated") / "pruned"
+    words = ["prune", dense, "--calibration", text, "--samples", 8, "--seqlen", 16, "--sparsity", 0.5, "--out", folder]
+    assert main([str(word) for word in words]) == 0
+    return folder
+
+
+@pytest.fixture
+def evaluate(cli, pruned, text):
+    def run(*words, model=pruned, text=text):
+        return cli("evaluate", model, "--text", text, "--seqlen", 16, "--windows", 20, *words)
+
+    return run
+
+
+def test_all_measures_against_the_dense_model(evaluate, dense, pruned):
+    ran = evaluate("--against", dense, "--json", "-")
+    assert ran.code == 0, ran.err
+    record = ran.record
+    perplexity, fidelity = record["perplexity"], record["fidelity"]
+    assert perplexity["value"] > 1 and perplexity["stderr"] > 0 and perplexity["tokens"] == 20 * 15
+    assert perplexity["seqlen"] == 16 and perplexity["text"].endswith("words.txt") and len(perplexity["sha256"]) == 64
+    assert 0 < fidelity["js_divergence"] < math.log(2) and fidelity["kl_divergence"] > 0
+    assert 0 <= fidelity["top1_agreement"] <= 1 and fidelity["tokens"] == 20 * 16
+    assert record["sparsity"]["layers"] == 0.5 and 0 < record["sparsity"]["model"] < 0.5
+    assert record["model"]["name"] == str(pruned) and record["against"]["name"] == str(dense)
+    assert record["pruning"]["method"]["name"] == "wanda" and record["pruning"]["pattern"]
+    assert set(record["seconds"]) == {"perplexity", "fidelity", "sparsity"}
+    assert record["command"][:2] == ["secateur", "evaluate"] and record["versions"]["torch"]
+
+
+def test_the_summary_shows_each_measure_and_how_it_was_pruned(evaluate, dense, here):
+    ran = evaluate("--against", dense, "--json", "r.json")
+    assert ran.code == 0
+    for part in (
+        "wanda, unstructured per row, sequential",
+        "perplexity",
+        "±",
+        "top-1 agreement",
+        "50.00% of the layers",
+    ):
+        assert part in ran.out
+    assert json.loads((here / "r.json").read_text())["fidelity"]["windows"] == 20
+
+
+def test_without_a_dense_model_there_is_no_fidelity(evaluate, dense):
+    ran = evaluate("--json", "-", model=dense)
+    assert ran.code == 0 and ran.record["pruning"] is None and ran.record["against"] is None
+    assert "perplexity" in ran.record and "sparsity" in ran.record and "fidelity" not in ran.record
+
+
+def test_only_what_was_asked_is_measured(evaluate, dense, monkeypatch):
+    monkeypatch.setattr("secateur.data.text.read_text", lambda *a, **k: pytest.fail("read a text"))
+    ran = evaluate("--measures", "sparsity", "--json", "-", model=dense)
+    assert ran.code == 0 and ran.record["sparsity"]["layers"] == 0.0 and "perplexity" not in ran.record
+
+
+def test_the_dense_model_agrees_with_itself(evaluate, dense):
+    ran = evaluate("--against", dense, "--measures", "fidelity", "--json", "-", model=dense)
+    assert ran.record["fidelity"]["js_divergence"] == 0.0 and ran.record["fidelity"]["top1_agreement"] == 1.0
+
+
+def test_a_broken_pruning_record_is_a_warning(evaluate, pruned, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(pruned, tmp_path / "copy")
+    (copy / "pruning.json").write_text("{")
+    ran = evaluate("--measures", "sparsity", model=copy)
+    assert ran.code == 0 and "secateur: warning:" in ran.err and "pruning.json cannot be read" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--measures fidelity", "name it with --against DENSE"),
+        ("--measures sparsity --against x", "Only fidelity uses --against: leave it out, or add fidelity"),
+        ("--measures perplexty", "There is no measure 'perplexty'. Did you mean 'perplexity'?"),
+        ("--text gutenburg", "There is no text 'gutenburg'. Did you mean 'gutenberg'?"),
+        ("--windows 0", "'windows' of evaluate must be a whole number of at least 1. Got 0"),
+        ("--seqlen 1", "'seqlen' of evaluate must be a whole number of at least 2. Got 1"),
+        ("--seqlen 65", "64"),
+        ("--batch-size 0", "'batch-size' of evaluate must be"),
+        ("--dtype bfloat61", "Did you mean 'bfloat16'?"),
+        ("--device cuda:99", "--device cuda:99 cannot be used here"),
+        ("--device gpu", "--device gpu cannot be used here: there is no such kind of device"),
+        ("--against nowhere/dense", "nowhere/dense"),
+        ("--json nowhere/r.json", "the folder nowhere does not exist; make it first"),
+        ("--agianst x", "Did you mean '--against'?"),
+    ],
+)
+def test_bad_input(evaluate, here, words, said):
+    ran = evaluate(*words.split())
+    assert ran.code in (1, 2) and said in ran.error and not ran.out
+    assert not ran.left

@@ -1,0 +1,37 @@
+"""Set-up that every test shares: the same threads and seed everywhere, the real model, the shared data."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of data beside the repository; most checkouts have none."""
+    folder = Path(__file__).parents[1].parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no shared data in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real model and its tokenizer, loaded once. Deep-copy the model before changing it: this is checked."""
+    from secateur.models.load import load
+
+    model, tokenizer = load("smollm2")
+    before = _fingerprint(model)
+    yield model, tokenizer
+    assert _fingerprint(model) == before, "a test has changed the model that all tests share"
+
+
+def _fingerprint(model):
+    return [p.detach().abs().sum(dtype=torch.float32).item() for p in model.parameters()]
