@@ -93,6 +93,32 @@ def sparsegpt(
     return w * keep, keep
 
 
+def sparsegpt_as_published(
+    w: Tensor, x: Tensor, sparsity: float, blocksize: int = 128, damping: float = 0.01
+) -> Tensor:
+    """Algorithm 1 of the paper, unstructured, in its own three factorisation steps; the new weights."""
+    w = w.clone()
+    rows, columns = w.shape
+    h = 2 * x.T @ x / len(x)
+    h += damping * h.diagonal().mean() * torch.eye(columns, dtype=h.dtype)
+    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    for start in range(0, columns, blocksize):
+        end = min(start + blocksize, columns)
+        saliency = w[:, start:end] ** 2 / u.diagonal()[start:end] ** 2
+        count = round(end * rows * sparsity) - round(start * rows * sparsity)
+        drop = torch.zeros(saliency.numel(), dtype=torch.bool)
+        drop[torch.argsort(saliency.flatten(), stable=True)[:count]] = True
+        drop = drop.view(saliency.shape)
+        errors = torch.zeros_like(saliency)
+        for j in range(start, end):
+            gone = torch.where(drop[:, j - start], w[:, j], 0.0)
+            errors[:, j - start] = gone / u[j, j]
+            w[:, j:end] -= errors[:, j - start, None] * u[j, j:end]
+        w[:, start:end][drop] = 0
+        w[:, end:] -= errors @ u[start:end, end:]
+    return w
+
+
 def wanda_variant_alpha(w: Tensor, x: Tensor, alpha: float) -> Tensor:
     """The appendix variant for a given alpha: every row drops its longest prefix of ascending scores within alpha."""
     score = wanda(w, x)
