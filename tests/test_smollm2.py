@@ -51,9 +51,7 @@ def test_block_schedule_selects_the_weights_of_the_published_definition(
     for block in plain.model.layers:
         seen: dict[torch.nn.Module, Tensor] = {}
         linears = [m for m in block.modules() if isinstance(m, torch.nn.Linear)]
-        handles = [
-            m.register_forward_hook(lambda m, a, o: seen.update({m: a[0].reshape(-1, a[0].shape[-1])})) for m in linears
-        ]
+        handles = [m.register_forward_hook(lambda m, a, o, s=seen: s.update({m: a[0].flatten(0, 1)})) for m in linears]
         with torch.no_grad():
             plain(ids)
             for module in linears:

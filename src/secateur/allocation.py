@@ -48,7 +48,11 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Uniform(Allocation):
-    """the same sparsity for every layer"""
+    """the same sparsity for every layer
+
+    >>> list(Uniform().allocate([Layer("q_proj", "0", "attention", ())], 0.5, {}).values())
+    [0.5]
+    """
 
     source = "the default of every method's paper"
 
@@ -68,6 +72,9 @@ class Owl(Allocation):
     Attributes:
         bound: how far a block's sparsity may lie from the target (lambda in the paper).
         outlier: how many times the mean score an outlier is (M in the paper).
+
+    >>> Owl(bound=0.04).outlier
+    5.0
     """
 
     bound: float = 0.08
@@ -169,7 +176,7 @@ def meet_budget(wanted: Sequence[float], sizes: Sequence[int], target: float) ->
     [0.3, 0.7]
     """
     total = sum(sizes)
-    low, high = -1.0, 1.0
+    low, high = -max(wanted), HIGHEST - min(wanted)  # from all at 0 to all at the highest
     for _ in range(100):  # bisection to the last bit of a double
         shift = (low + high) / 2
         mean = sum(min(max(s + shift, 0.0), HIGHEST) * n for s, n in zip(wanted, sizes, strict=True)) / total

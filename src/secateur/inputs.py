@@ -32,12 +32,12 @@ def batches_of(model: nn.Module, data: Data, batch_size: int = 1) -> list[Batch]
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InvalidParameter("batch_size", "prune", "a whole number >= 1", batch_size)
-    if isinstance(data, Sequence):
-        return list(data)
     ids = data.ids if isinstance(data, Calibration) else data
-    if ids.dim() != 2 or ids.is_floating_point() or not len(ids):
+    if not isinstance(ids, Tensor):
+        return _ready(ids)
+    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.numel():
         raise UsageError(
-            f"calibration ids must be (n, seqlen) whole numbers; got {ids.dtype} of shape {tuple(ids.shape)}"
+            f"calibration ids must be (n, seqlen) int64, at least one; got {ids.dtype} of shape {tuple(ids.shape)}"
         )
     lookup: Any = getattr(model, "get_input_embeddings", None)
     embedding = lookup() if lookup else None
@@ -50,6 +50,19 @@ def batches_of(model: nn.Module, data: Data, batch_size: int = 1) -> list[Batch]
     if getattr(config, "is_encoder_decoder", False):
         return [_two_stacks(config, part) for part in ids.split(batch_size)]
     return [{"input_ids": part} for part in ids.split(batch_size)]
+
+
+def _ready(data: Any) -> list[Batch]:
+    batches = list(data) if isinstance(data, Sequence) and not isinstance(data, str) else [data]
+    for batch in batches:
+        if not (isinstance(batch, Mapping) and all(isinstance(value, Tensor) for value in batch.values())):
+            raise UsageError(
+                f"calibration must be made by secateur.calibration, a (n, seqlen) tensor of ids, or a list of "
+                f"batches {{name: tensor}}; got {type(data).__name__} with {type(batch).__name__}"
+            )
+    if not batches:
+        raise UsageError("the list of calibration batches is empty")
+    return batches
 
 
 def _two_stacks(config: Any, ids: Tensor) -> Batch:

@@ -95,8 +95,8 @@ def check_job(
             )
         if not method.solves:
             job = replace(job, schedule="oneshot")
-    elif sparsity is None:
-        allocation.allocate(layers, None, {})  # a full table needs none; anything else says so
+    elif sparsity is None or not allocation.needs:
+        allocation.allocate(layers, sparsity, {})  # says what is missing, and which pattern fits nowhere
     return job
 
 

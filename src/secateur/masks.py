@@ -229,7 +229,7 @@ def _kth_smallest(score: Tensor, k: int) -> Tensor:
     """(groups, n), 1 <= k <= n -> (groups, 1). On the CPU numpy's vectorised partition is the fast one."""
     if score.device.type != "cpu" or score.dtype not in (torch.float32, torch.float64):
         return score.kthvalue(k, dim=1, keepdim=True).values
-    array = score.numpy()
+    array = score.detach().numpy()
     threads = min(torch.get_num_threads(), len(array))
     if score.numel() < _THREADED or threads == 1:
         return torch.from_numpy(np.partition(array, k - 1, axis=1)[:, k - 1 : k].copy())

@@ -17,7 +17,7 @@ from secateur.job import Job, Uncalled, check_job, coverage_of
 from secateur.masks import NM, Pattern
 from secateur.methods import LayerView, Method
 from secateur.result import Coverage
-from secateur.scout import Batch
+from secateur.scout import Batch, scout
 from secateur.statistics import Bundle
 from secateur.walk import Arrival, Schedule, evaluating, walk
 
@@ -67,6 +67,14 @@ def plan(
 
     Raises:
         The errors that `prune` would raise before it touches anything.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from secateur.methods.wanda import Wanda
+    >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+    ...     num_attention_heads=2, num_key_value_heads=1, vocab_size=20))
+    >>> planned = plan(model, Wanda(), (2, 8), sparsity=0.5)
+    >>> planned.layers, planned.passes, planned.tokens
+    ({'attention': 4, 'mlp': 3}, 1, 16)
     """
     job = check_job(
         model, method, sparsity=sparsity, pattern=pattern, allocation=allocation, schedule=schedule,
@@ -76,9 +84,9 @@ def plan(
         calibration = torch.zeros(calibration, dtype=torch.long)
     batches = batches_of(model, calibration, batch_size) if calibration is not None and job.needs_data else []
     tokens = sum(value.numel() for batch in batches for name, value in batch.items() if name.endswith("input_ids"))
-    passes = _passes(job) if batches else 0
     with evaluating(model):
         coverage = coverage_of(model, job, batches)
+        passes = _passes(model, job, batches) if batches else 0
         seconds = _seconds(model, job, batches, passes)
     return Plan(
         method={"name": method.name(), **asdict(method)},
@@ -98,10 +106,14 @@ def plan(
     )
 
 
-def _passes(job: Job) -> int:
-    own = 0 if not job.method.needs else 2 if job.schedule == "block" else 1
-    scores = 1 if job.globally and job.method.solves else 0
-    return own + scores + (1 if job.allocation.needs else 0)
+def _passes(model: nn.Module, job: Job, batches: Sequence[Batch]) -> int:
+    passes = 1 if job.allocation.needs else 0
+    if job.method.needs:
+        passes += 2 if job.schedule == "block" else 1
+        passes += job.globally and job.method.solves  # the scores that share the sparsity out
+        if job.schedule != "oneshot":  # a weight with several places is seen at all of them first
+            passes += any(calls > 1 for calls in scout(model, batches[0], job.layers).calls.values())
+    return passes
 
 
 def _seconds(model: nn.Module, job: Job, batches: Sequence[Batch], passes: int) -> float:

@@ -49,8 +49,9 @@ def scout(model: nn.Module, batch: Batch, layers: Sequence[Layer], tokens: int =
             else:
                 recent.add(x, layer)
 
-    small = {k: v[:1, :tokens] if v.dim() == 2 else v[:1] for k, v in batch.items()}
-    with torch.no_grad(), tapped(layers, arrive):
+    plain = all(value.dim() == 2 for value in batch.values())  # (sequences, tokens); others have axes of their own
+    small = {name: value[:1, :tokens] for name, value in batch.items()} if plain else batch
+    with torch.inference_mode(False), torch.no_grad(), tapped(layers, arrive):
         run(model, small)
     leader = {layer: head for layer, head in leader.items() if calls[layer] == 1 and calls[head] == 1}
     order = list(sorted(set(layers) - set(first), key=lambda layer: layer.order))
@@ -65,6 +66,9 @@ def run(model: nn.Module, batch: Batch) -> None:
     body: nn.Module = getattr(model, "base_model", model)
     device = next(body.parameters()).device
     inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items()}
+    for name, value in inputs.items():
+        if value.is_inference():  # it has no version, by which a change in place is noticed
+            inputs[name] = value.clone()
     if "use_cache" in inspect.signature(body.forward).parameters:
         inputs["use_cache"] = False
     body(**inputs)

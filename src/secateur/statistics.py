@@ -16,6 +16,7 @@ from torch import Tensor
 from secateur.factor import InverseFactor
 
 S = TypeVar("S", bound="Statistic")
+_BLOCK = 256  # inputs whose products with all later ones are taken at once
 
 
 class Statistic(ABC):
@@ -85,6 +86,9 @@ class SecondMoment(Statistic):
 class Gram(Statistic):
     """The second-moment matrix E[x x^T], (in, in) symmetric.
 
+    Only the blocks on and above the diagonal are summed, with torch's own products on every device: numpy's symmetric
+    update is as fast by itself, but its threads and torch's get in each other's way (docs/LOG.md).
+
     >>> gram = Gram()
     >>> gram.update(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
     >>> gram.mean.tolist()
@@ -93,20 +97,18 @@ class Gram(Statistic):
 
     def __init__(self) -> None:
         super().__init__()
-        self._sum: Tensor | None = None
+        self._sum: Tensor | None = None  # right only on and above the diagonal
         self.factors: dict[float, InverseFactor] = {}  # by damping; shared by the layers that read one input
 
     def _add(self, x: Tensor) -> None:
         self.factors.clear()
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if x.device.type == "cpu":
-            array = x.contiguous().numpy()
-            product = torch.from_numpy(array.T @ array)  # numpy turns this into a symmetric rank-k update
-            self._sum = product if self._sum is None else self._sum.add_(product)
-        elif self._sum is None:
-            self._sum = x.t() @ x
-        else:
-            self._sum.addmm_(x.t(), x)
+        width = x.shape[1]
+        if self._sum is None:
+            self._sum = x.new_zeros(width, width)
+        for start in range(0, width, _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            self._sum[rows, start:].addmm_(x[:, rows].t(), x[:, start:])
 
     def merge(self, other: Self) -> None:
         self.factors.clear()
@@ -119,7 +121,8 @@ class Gram(Statistic):
         """(in, in). Needs at least one token."""
         if self._sum is None:
             raise ValueError("no token has been seen")
-        return self._sum / self.tokens
+        upper = self._sum.triu()
+        return upper.add_(upper.triu(1).t()).div_(self.tokens)
 
     @staticmethod
     def bytes_for(width: int) -> int:

@@ -105,7 +105,7 @@ def walk(
     cache = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # it would go on using a weight as it was before the visit
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             return _Walk(model, batches, layers, blocks, collector, visit, progress).run(schedule)
     finally:
         torch.set_autocast_cache_enabled(cache)
@@ -196,7 +196,10 @@ class _Walk:
                     if before is None or not before.same(here):
                         before = _Reading(here, self._collect(here))
                     self.gathered[layer] = before.seen
-                self._visit([layer])
+                if self.gathered[layer].tokens:
+                    self._visit([layer])
+                else:  # nothing but padding
+                    del self.gathered[layer]
                 for lane in here:
                     lane.resume()
                     self._advance(layer.name)
@@ -256,7 +259,7 @@ class _Walk:
         started = time.perf_counter()
         seen = self.collector()
         for lane in lanes:
-            seen.update(_tokens(lane.x, lane.rows, lane.batch))
+            _update(seen, lane.x, lane.rows, lane.batch)
         self.report.collect_seconds += time.perf_counter() - started
         return seen
 
@@ -265,7 +268,8 @@ class _Walk:
         ordered = sorted(layers, key=lambda layer: self.scouted.order[layer])
         fresh = [layer for layer in ordered if layer not in self.visited]
         if fresh:
-            self.visitor([Arrival(layer, self.gathered.pop(layer)) for layer in fresh])
+            with torch.autocast(fresh[0].weight.device.type, enabled=False):
+                self.visitor([Arrival(layer, self.gathered.pop(layer)) for layer in fresh])
             self.visited.update(fresh)
         self.report.visit_seconds += time.perf_counter() - started
 
@@ -319,9 +323,15 @@ class _Watcher:
             self.recent.add(x, layer)
             if layer not in self.collectors:
                 self.collectors[layer] = self.walk.collector()
-            self.collectors[layer].update(_tokens(x, rows, self.batch))
+            _update(self.collectors[layer], x, rows, self.batch)
         self.walk.report.collect_seconds += time.perf_counter() - started
         self.walk._advance(layer.name)
+
+
+def _update(seen: Collector, x: Tensor, rows: Tensor | None, batch: Batch) -> None:
+    """The model may run in autocast or keep gradients; statistics do neither."""
+    with torch.autocast(x.device.type, enabled=False):
+        seen.update(_tokens(x.detach(), rows, batch))
 
 
 def _tokens(x: Tensor, rows: Tensor | None, batch: Batch) -> Tensor:

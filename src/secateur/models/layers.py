@@ -27,8 +27,9 @@ KINDS: dict[str, str] = {
 }
 _KIND_OF_CLASS: tuple[tuple[str, Kind], ...] = (
     (r"Router|TopKGate", "router"),
+    (r"MLP|Mlp|FeedForward|FFN|Experts", "mlp"),
     (r"Attention|SelfAttn", "attention"),
-    (r"Mixer(?!.*MLP)|Mamba|SSM|DeltaNet|RWKV|Rwkv|Recurrent|ShortConv", "ssm"),
+    (r"Mixer|Mamba|SSM|DeltaNet|RWKV|Rwkv|Recurrent|ShortConv", "ssm"),
 )
 _EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
@@ -258,11 +259,12 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def _routes(module: nn.Linear, ancestors: tuple[nn.Module, ...]) -> bool:
-    """A gate: one output, or a sibling of the experts it sends tokens to."""
+    """A gate: one output, or one for each of the experts beside it."""
     siblings = ancestors[-1].named_children() if ancestors else ()
-    return module.out_features == 1 or any(
-        "expert" in name and (isinstance(sibling, nn.ModuleList) or is_experts(sibling)) for name, sibling in siblings
-    )
+    experts = [child for name, child in siblings if "expert" in name]
+    counts = [len(child) for child in experts if isinstance(child, nn.ModuleList)]
+    counts += [len(child.down_proj) for child in experts if is_experts(child)]  # type: ignore[arg-type]
+    return module.out_features in (1, *counts)
 
 
 def _check_weight(layer: Layer) -> None:
@@ -274,6 +276,10 @@ def _check_weight(layer: Layer) -> None:
         )
     if weight.device.type == "meta":
         raise UsageError(f"{layer.name} is on the meta device (offloaded); load the whole model on one device")
+    if weight.is_inference():
+        raise UsageError(
+            f"{layer.name} was made under torch.inference_mode, which forbids changing it; load it outside"
+        )
 
 
 def matches(word: str, name: str) -> bool:
