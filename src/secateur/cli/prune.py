@@ -310,5 +310,5 @@ def _plan_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows += [("not seen", f"{name} ({count} weights)") for name, count in coverage["unseen"].items()]
     rows += [("never called", name) for name in coverage["uncalled"]]
     rows.append(("time", f"about {duration(record['estimated_seconds'])}"))
-    rows.append(("memory", f"about {size(record['estimated_memory_bytes'])}"))
+    rows.append(("memory", f"about {size(record['estimated_memory_bytes'])} besides the libraries"))
     return [*rows, ("", "A dry run: nothing was changed or written.")]
