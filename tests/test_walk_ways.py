@@ -32,10 +32,10 @@ def walk_through(
     steps: list[tuple[int, int]] | None = None,
     batch_size: int = 2,
 ) -> Walked:
-    found = find(model)
+    found, noted = find(model), [] if steps is None else steps
     return walk(
         model, batches_of(model, data, batch_size), found.layers, blocks=found.blocks, collector=collector,
-        visit=visit, schedule=schedule, progress=lambda done, total, what: None if steps is None else steps.append((done, total)),
+        visit=visit, schedule=schedule, progress=lambda done, total, what: noted.append((done, total)),
     )  # fmt: skip
 
 
@@ -80,11 +80,12 @@ def odd_and_even() -> Tensor:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_batches_that_skip_a_layer_wait_for_the_others(schedule: str) -> None:
     """In the order of the calls, whatever the order of definition."""
-    model, visits = Branching(), []
-    report = walk_through(
-        model, odd_and_even(), SecondMoment, lambda arrivals: visits.extend((a.layer.name, a.seen.tokens) for a in arrivals),
-        schedule, batch_size=1,
-    )  # fmt: skip
+    visits: list[tuple[str, int]] = []
+
+    def visit(arrivals: list[Arrival]) -> None:
+        visits.extend((arrival.layer.name, arrival.seen.tokens) for arrival in arrivals)
+
+    report = walk_through(Branching(), odd_and_even(), SecondMoment, visit, schedule, batch_size=1)
     leaves = [("first", 30), ("second", 10), ("third", 30)]
     assert visits == [(f"layers.{i}.{leaf}", n) for i in (0, 1) for leaf, n in leaves]
     assert not report.late and not report.unvisited and not report.repeated
@@ -103,6 +104,30 @@ def test_calls_after_the_visit_are_counted(schedule: str) -> None:
     assert [text for text in result.warnings if "layers.0" in text] == [
         "layers.0.second: 4 calls came after it had been pruned and were not counted"
     ]
+
+
+class Skips(nn.Module):
+    """Two layers that read one tensor; odd sequences skip the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, odd: bool) -> Tensor:
+        y: Tensor = self.first(x) if odd else self.first(x) + self.second(x)
+        return y
+
+
+def test_a_shared_input_counts_only_for_those_who_read_it() -> None:
+    tokens: dict[str, int] = {}
+
+    def visit(arrivals: list[Arrival]) -> None:
+        tokens.update({arrival.layer.name: arrival.seen.tokens for arrival in arrivals})
+
+    model = Branching()
+    model.layers = nn.ModuleList([Skips()])
+    walk_through(model, odd_and_even(), SecondMoment, visit, "sequential", batch_size=1)
+    assert tokens == {"layers.0.first": 30, "layers.0.second": 10}
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

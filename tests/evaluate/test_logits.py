@@ -7,7 +7,8 @@ import torch
 from small_models import CAUSAL, tiny, tiny_bert, tiny_t5
 
 from secateur.errors import UsageError
-from secateur.evaluate.logits import Reader, evaluating, returning
+from secateur.evaluate.logits import Reader, returning
+from secateur.walk import evaluating
 
 
 def ids(batch: int = 3, length: int = 24) -> torch.Tensor:

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from secateur.divergence import js_divergence, kl_divergence
 from secateur.errors import NumericalFailure, UsageError
-from secateur.evaluate.logits import Reader, evaluating
+from secateur.evaluate.logits import Reader
 from secateur.evaluate.sample import describe, mean_and_stderr, take, with_error
 from secateur.progress import Progress, silent
+from secateur.walk import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import NumericalFailure, UsageError
-from secateur.evaluate.logits import evaluating
 from secateur.progress import Progress, silent
+from secateur.walk import evaluating
 
 
 class LayerError(NamedTuple):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import UsageError
+from secateur.walk import evaluating
 
 log = logging.getLogger(__name__)
 
@@ -108,18 +109,6 @@ class Reader:
             logits = self._call(self.model, probe[:, part]).logits
         expected = plain[:, part]
         return calls() == 1 and logits.shape == expected.shape and _close(logits, expected, rounding=100)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards each module has the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

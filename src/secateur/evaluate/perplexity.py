@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from secateur.errors import NumericalFailure, UsageError
-from secateur.evaluate.logits import Reader, evaluating
+from secateur.evaluate.logits import Reader
 from secateur.evaluate.sample import describe, mean_and_stderr, take, with_error
 from secateur.progress import Progress, silent
+from secateur.walk import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
