@@ -3,17 +3,18 @@
     python benchmarks/quality.py [--samples 128] [--seqlen 2048] [--windows 48] [--wikitext PATH]
 
 Texts: the test books of `gutenberg`, and wikitext2's raw test split when a file is given (the hub's by name
-otherwise, where it answers). Writes results/quality.json after every model, so that a long run can be watched.
+otherwise, where it answers). Writes results/quality.json after every model; the same request goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
-from machine import store
+from machine import RESULTS, store
 from rich.console import Console
 from rich.table import Table
 
@@ -57,6 +58,15 @@ def row(table: Table, name: tuple[str, ...], found: dict[str, Any], texts: list[
     )
 
 
+def earlier(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a run with these settings that was stopped."""
+    path = RESULTS / "quality.json"
+    if not path.exists():
+        return []
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record["rows"] if all(record.get(key) == value for key, value in settings.items()) else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="smollm2")
@@ -76,23 +86,31 @@ def main() -> None:
     table = Table(
         "method", "pattern", "schedule", *(Path(t).stem for t in texts), "JS (nats)", "top-1", "seconds to prune"
     )
-    try:
-        found = measures(dense, dense, tokenizer, texts, options)
-    except SecateurError as error:
-        raise SystemExit(f"quality: {error}") from error
-    rows: list[dict[str, Any]] = [{"method": "dense"} | found]
-    row(table, ("dense", "-", "-"), found, texts, "-")
-    for method, pattern, schedule in CASES[: options.cases]:
-        model = copy.deepcopy(dense)
-        share = {"pattern": parse_pattern(pattern)} if pattern else {"sparsity": options.sparsity}
-        result = prune(model, make_method(method), ids, schedule=schedule, **share)
-        found = measures(model, dense, tokenizer, texts, options)
-        rows.append({"method": method, "pattern": result.pattern, "schedule": result.schedule} | found
-                    | {"sparsity": result.sparsity_layers, "seconds": result.seconds})  # fmt: skip
-        row(table, (method, result.pattern, result.schedule), found, texts, f"{result.seconds['total']:.0f}")
-        record = {"model": source.description, "calibration": ids.record, "sparsity": options.sparsity, "rows": rows}
-        store("quality", record)
-        console.print(f"{method} {result.pattern} {result.schedule}: {found[texts[0]]['value']:.2f}")
+    settings = {
+        "model": source.description, "dtype": options.dtype, "calibration": ids.record, "sparsity": options.sparsity,
+        "windows": options.windows, "texts": texts,
+    }  # fmt: skip
+    rows = earlier(settings)
+    for case in (("dense", None, None), *CASES[: options.cases]):
+        method, pattern, schedule = case
+        done = next((r for r in rows if r["case"] == list(case)), None)
+        if done is None:
+            model, about = dense, {"pattern": "-", "schedule": "-", "seconds": None}
+            if method != "dense":
+                model = copy.deepcopy(dense)
+                share = {"pattern": parse_pattern(pattern)} if pattern else {"sparsity": options.sparsity}
+                result = prune(model, make_method(method), ids, schedule=schedule, **share)
+                about = {"pattern": result.pattern, "schedule": result.schedule, "seconds": result.seconds}
+            try:
+                found = measures(model, dense, tokenizer, texts, options)
+            except SecateurError as error:
+                raise SystemExit(f"quality: {error}") from error
+            done = {"case": list(case), "method": method} | about | found
+            rows.append(done)
+            store("quality", settings | {"rows": rows})
+        seconds = f"{done['seconds']['total']:.0f}" if done["seconds"] else "-"
+        row(table, (method, done["pattern"], done["schedule"]), done, texts, seconds)
+        console.print(f"{method} {done['pattern']} {done['schedule']}: {done[texts[0]]['value']:.2f}")
     console.print(table)
     console.print(f"{source.description}; calibration {options.samples} x {options.seqlen} gutenberg; {options.dtype}")
 

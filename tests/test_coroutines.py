@@ -77,8 +77,10 @@ def test_a_lane_shows_its_input_only_while_it_waits() -> None:
 
 def test_context_variables_stay_inside() -> None:
     seen: list[str] = []
+    token = VARIABLE.set("caller")
 
     def job(name: str) -> None:
+        assert VARIABLE.get() == "caller"
         VARIABLE.set(name)
         Lane.current().pause("here")
         seen.append(VARIABLE.get())
@@ -87,7 +89,8 @@ def test_context_variables_stay_inside() -> None:
     for lane in lanes:
         lane.resume()
     run_all(*lanes)
-    assert seen == ["a", "b"] and VARIABLE.get() == "outside"
+    assert seen == ["a", "b"] and VARIABLE.get() == "caller"
+    VARIABLE.reset(token)
 
 
 def test_ending_runs_the_frames_way_out_and_gives_the_modes_back() -> None:

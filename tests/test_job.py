@@ -19,6 +19,7 @@ from secateur.methods.sparsegpt import SparseGPT
 from secateur.methods.wanda import Wanda
 from secateur.pruning import prune
 from secateur.result import Coverage
+from secateur.scout import scout
 
 MODEL = Unstructured("model")
 
@@ -72,6 +73,7 @@ def test_accepted(method: Method, more: dict[str, object], schedule: str, sparsi
 def test_the_width_is_checked_of_chosen_layers_only() -> None:
     job = check_job(make("mamba"), Wanda(), pattern=NM(2, 64), include=["in_proj", "out_proj"])
     assert {layer.shape[1] for layer in job.layers} == {64, 128}
+    assert check_job(make("llama"), Wanda(), pattern=NM(16, 32), include=["k_proj"]).layers[0].shape == (16, 32)
 
 
 def test_a_layer_tied_to_the_embedding() -> None:
@@ -95,7 +97,7 @@ def test_layers_tied_to_each_other_are_fine() -> None:
 
 def coverage(model: nn.Module, **more: object) -> Coverage:
     job: Job = check_job(model, Wanda(), sparsity=0.5, **more)  # type: ignore[arg-type]
-    return coverage_of(model, job, batches_of(model, ids()))
+    return coverage_of(job, scout(model, batches_of(model, ids())[0], job.layers))
 
 
 def hidden_experts() -> nn.Module:
@@ -155,4 +157,4 @@ def test_an_expert_without_a_token_is_not_missed() -> None:
     assert coverage(model) == Coverage(1.0)
     few = batches_of(model, ids(1, 1))
     job = check_job(model, Wanda(), sparsity=0.5)
-    assert coverage_of(model, job, few) == Coverage(1.0)
+    assert coverage_of(job, scout(model, few[0], job.layers)) == Coverage(1.0)

@@ -38,7 +38,7 @@ def test_exact_counts_of_odd_sizes(shape: tuple[int, int], sparsity: float) -> N
 
 
 @pytest.mark.parametrize(
-    ("n", "m"), [(2, 4), (4, 8), (1, 4), (6, 8), (1, 1), (4, 4), (3, 5), (16, 16), (5, 17), (20, 64)]
+    ("n", "m"), [(2, 4), (4, 8), (1, 4), (6, 8), (1, 1), (4, 4), (3, 5), (16, 16), (5, 17), (20, 64), (3, 300)]
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_n_of_m_against_brute_force(n: int, m: int, tied: bool) -> None:
@@ -68,10 +68,12 @@ def test_scores_that_are_not_finite(pattern: masks.Pattern, dtype: torch.dtype, 
         pattern.keep(score, 0.5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_path_chooses_the_same(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """numpy on one thread, numpy on several, torch: with ties at the limit in every row."""
-    score = torch.randint(0, 9, (11, 40)).to(dtype)
+def test_every_path_chooses_the_same(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tied: bool) -> None:
+    """numpy on one thread, numpy on several, torch."""
+    score = torch.randint(0, 9, (11, 40)) if tied else torch.stack([torch.randperm(40) for _ in range(11)])
+    score = score.to(dtype)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(masks, "_THREADED", 10**9)
     one = keep_highest(score, 17)

@@ -197,6 +197,34 @@ def test_under_inference_mode(schedule: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_dropout_is_off_while_pruning(schedule: str) -> None:
+    plain, model = make("gpt2"), make("gpt2").train()
+    for each in (plain, model):
+        prune(each, Wanda(), ids(), sparsity=0.5, schedule=schedule)  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
+
+
+class ReadsDirectly(nn.Module):
+    """Its first layer reads what the caller gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers[0](x)
+        return y
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_inputs_made_under_inference_mode(schedule: str) -> None:
+    with torch.inference_mode():
+        batches = [{"x": torch.randn(2, 3, 4)}, {"x": torch.randn(2, 3, 4)}]
+    result = prune(ReadsDirectly(), Wanda(), batches, sparsity=0.5, schedule=schedule)  # type: ignore[arg-type]
+    assert [layer.tokens for layer in result.layers] == [12, 12]
+
+
 class KeepsGradients(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -222,13 +250,20 @@ def test_a_model_that_keeps_gradients_inside(method: Method, schedule: str) -> N
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_inputs_with_axes_of_their_own(schedule: str) -> None:
     """Embeddings (n, seqlen, hidden) with a 4-D mask: as ids with none."""
-    plain, model = make("llama"), make("llama")
-    causal = torch.full((16, 16), torch.finfo(torch.float32).min).triu(1)[None, None].expand(2, 1, 16, 16)
+    plain, model, long = make("llama"), make("llama"), ids(6, 24)
+    causal = torch.full((24, 24), torch.finfo(torch.float32).min).triu(1)[None, None].expand(2, 1, 24, 24)
     batches = [
         {"inputs_embeds": model.model.embed_tokens(b["input_ids"]).detach(), "attention_mask": causal}
-        for b in batches_of(model, ids(), 2)
+        for b in batches_of(model, long, 2)
     ]
-    prune(plain, Wanda(), ids(), sparsity=0.5, batch_size=2, schedule=schedule)  # type: ignore[arg-type]
+    prune(plain, Wanda(), long, sparsity=0.5, batch_size=2, schedule=schedule)  # type: ignore[arg-type]
     prune(model, Wanda(), batches, sparsity=0.5, schedule=schedule)  # type: ignore[arg-type]
     for a, b in zip(plain.parameters(), model.parameters(), strict=True):
         assert torch.equal(a == 0, b == 0)
+
+
+@pytest.mark.parametrize("pattern", [None, MODEL], ids=str)
+def test_what_a_method_warns_of_is_in_the_result(pattern: Pattern | None) -> None:
+    result = prune(make("llama"), SparseGPT(damping=0.0), ids(1, 3), sparsity=0.5, pattern=pattern)
+    own = [text for text in result.warnings if "layers.0.self_attn.q_proj: the second-moment matrix" in text]
+    assert len(own) == (1 if pattern is None else 2)  # once for the scores, once for the solution

@@ -116,20 +116,25 @@ class Table(Allocation):
     """a JSON file {layer-name pattern: sparsity}; the first pattern that matches a layer counts
 
     Attributes:
-        entries: pairs of a pattern over layer names (as for --include) and a sparsity. Layers that no pattern
-            matches get the general sparsity.
+        entries: a mapping, or pairs, of a pattern over layer names (as for --include) and a sparsity. Layers that no
+            pattern matches get the general sparsity.
 
-    >>> Table((("q_proj", 0.3),)).entries
+    >>> Table({"q_proj": 0.3}).pairs
     (('q_proj', 0.3),)
     """
 
-    entries: tuple[tuple[str, float], ...] = ()
+    entries: tuple[tuple[str, float], ...] | Mapping[str, float] = ()
 
     source = "yours"
 
     def __post_init__(self) -> None:
-        for pattern, sparsity in self.entries:
+        for pattern, sparsity in self.pairs:
             check_sparsity(sparsity, f"allocation entry '{pattern}'")
+
+    @property
+    def pairs(self) -> tuple[tuple[str, float], ...]:
+        """The entries in order."""
+        return tuple(dict(self.entries).items())
 
     @classmethod
     def read(cls, path: str | Path) -> Table:
@@ -150,14 +155,14 @@ class Table(Allocation):
         self, layers: Sequence[Layer], sparsity: float | None, seen: Mapping[Layer, SecondMoment]
     ) -> dict[Layer, float]:
         names = [layer.name for layer in layers]
-        for pattern, _ in self.entries:
+        for pattern, _ in self.pairs:
             if not any(matches(pattern, name) for name in names):
                 raise UsageError(
                     f"the allocation pattern '{pattern}' matches none of {len(names)} layers ({names[0]}, ...)"
                 )
         table: dict[Layer, float] = {}
         for layer in layers:
-            match = next((s for pattern, s in self.entries if matches(pattern, layer.name)), sparsity)
+            match = next((s for pattern, s in self.pairs if matches(pattern, layer.name)), sparsity)
             if match is None:
                 raise UsageError(
                     f"the allocation table names no sparsity for {layer.name}; add one, or give --sparsity"

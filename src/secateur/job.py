@@ -10,11 +10,12 @@ from torch import nn
 
 from secateur.allocation import Allocation, Uniform
 from secateur.errors import InvalidParameter, LowCoverage, UnknownName, UsageError
+from secateur.inputs import Data
 from secateur.masks import NM, Pattern, Unstructured, check_sparsity
 from secateur.methods import Method
 from secateur.models.layers import Found, Layer, check_untied, find, select
 from secateur.result import Coverage
-from secateur.scout import Batch, scout
+from secateur.scout import Scouted
 from secateur.walk import SCHEDULES, Schedule
 
 LOWEST_COVERAGE = 0.9
@@ -43,6 +44,13 @@ class Job:
     @property
     def needs_data(self) -> bool:
         return bool(self.method.needs or self.allocation.needs)
+
+    def check_data(self, data: Data | None) -> Data:
+        """`data` itself; an error when there is none."""
+        if data is None:
+            who = self.method.name() if self.method.needs else f"the {self.allocation.name()} allocation"
+            raise UsageError(f"{who} needs calibration data: pass ids, or name a text with --calibration")
+        return data
 
 
 def check_job(
@@ -100,13 +108,13 @@ def check_job(
     return job
 
 
-def coverage_of(model: nn.Module, job: Job, batches: Sequence[Batch]) -> Coverage:
-    """How much of the region asked for the engine sees; a tiny forward pass shows which layers are called.
+def coverage_of(job: Job, scouted: Scouted | None) -> Coverage:
+    """How much of the region asked for the engine sees, and which layers are called if someone looked ahead.
 
     Raises:
         LowCoverage: under 90 %.
     """
-    silent_layers = scout(model, batches[0], job.layers).uncalled if batches else []
+    silent_layers = scouted.uncalled if scouted else []
     missed = sum(layer.weight.numel() for layer in silent_layers) if job.uncalled == "dense" else 0
     seen = sum(layer.weight.numel() for layer in job.layers)
     share = (seen - missed) / (seen + sum(job.unseen.values()))

@@ -17,7 +17,7 @@ from secateur.job import Job, Uncalled, check_job, coverage_of
 from secateur.masks import NM, Pattern
 from secateur.methods import LayerView, Method
 from secateur.result import Coverage
-from secateur.scout import Batch, scout
+from secateur.scout import Batch, Scouted, scout
 from secateur.statistics import Bundle
 from secateur.walk import Arrival, Schedule, evaluating, walk
 
@@ -82,11 +82,12 @@ def plan(
     )  # fmt: skip
     if isinstance(calibration, tuple):
         calibration = torch.zeros(calibration, dtype=torch.long)
-    batches = batches_of(model, calibration, batch_size) if calibration is not None and job.needs_data else []
+    batches = batches_of(model, job.check_data(calibration), batch_size) if job.needs_data else []
     tokens = sum(value.numel() for batch in batches for name, value in batch.items() if name.endswith("input_ids"))
     with evaluating(model):
-        coverage = coverage_of(model, job, batches)
-        passes = _passes(model, job, batches) if batches else 0
+        scouted = scout(model, batches[0], job.layers) if batches else None
+        coverage = coverage_of(job, scouted)
+        passes = _passes(job, scouted)
         seconds = _seconds(model, job, batches, passes)
     return Plan(
         method={"name": method.name(), **asdict(method)},
@@ -106,13 +107,13 @@ def plan(
     )
 
 
-def _passes(model: nn.Module, job: Job, batches: Sequence[Batch]) -> int:
+def _passes(job: Job, scouted: Scouted | None) -> int:
     passes = 1 if job.allocation.needs else 0
     if job.method.needs:
         passes += 2 if job.schedule == "block" else 1
         passes += job.globally and job.method.solves  # the scores that share the sparsity out
-        if job.schedule != "oneshot":  # a weight with several places is seen at all of them first
-            passes += any(calls > 1 for calls in scout(model, batches[0], job.layers).calls.values())
+        if scouted and job.schedule != "oneshot":  # a weight with several places is seen at all of them first
+            passes += any(calls > 1 for calls in scouted.calls.values())
     return passes
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.allocation import Allocation
 from secateur.data.calibration import Calibration
-from secateur.errors import NumericalFailure, UsageError
+from secateur.errors import NumericalFailure
 from secateur.inputs import Data, batches_of
 from secateur.job import Job, Uncalled, check_job, coverage_of
 from secateur.masks import Pattern, Unstructured, keep_model
@@ -22,7 +22,7 @@ from secateur.methods.magnitude import Magnitude
 from secateur.models.layers import Layer
 from secateur.progress import Progress, silent
 from secateur.result import PrunedLayer, PruneResult
-from secateur.scout import Batch
+from secateur.scout import Batch, scout
 from secateur.statistics import Bundle, SecondMoment, Statistic
 from secateur.walk import Arrival, Schedule, Walked, evaluating, walk
 
@@ -79,10 +79,7 @@ def prune(
     )  # fmt: skip
     batches: list[Batch] = []
     if job.needs_data:
-        if calibration is None:
-            who = method.name() if method.needs else f"the {job.allocation.name()} allocation"
-            raise UsageError(f"{who} needs calibration data: pass ids, or name a text with --calibration")
-        batches = batches_of(model, calibration, batch_size)
+        batches = batches_of(model, job.check_data(calibration), batch_size)
     started = time.perf_counter()
     weight = job.layers[0].weight
     with evaluating(model), peak_memory(weight.device) as peak:
@@ -124,16 +121,17 @@ class _Run:
 
     def all(self) -> None:
         job = self.job
-        self.coverage = coverage_of(self.model, job, self.batches)
+        self.scouted = scout(self.model, self.batches[0], job.layers) if self.batches else None
+        self.coverage = coverage_of(job, self.scouted)
         if job.globally:
             self._compare_all()
         else:
             seen = self._observe(job.allocation.needs) if job.allocation.needs else {}
             self.targets = job.allocation.allocate(job.layers, job.sparsity, seen)
-        done = {record.name for record in self.records}
-        if not done:
+        if not self.records:
             self._prune_all()
-        self.records.sort(key=lambda record: next(x.order for x in job.layers if x.name == record.name))
+        order = {layer.name: layer.order for layer in job.layers}
+        self.records.sort(key=lambda record: order[record.name])
 
     def _prune_all(self) -> None:
         job = self.job
@@ -147,8 +145,6 @@ class _Run:
         walked = self._walk(job.method.needs, self._visit, job.schedule)
         for layer in walked.unvisited:
             self._without_tokens(layer)
-        for name, calls in walked.late.items():
-            self.warnings.append(f"{name}: {calls} calls came after it had been pruned and were not counted")
 
     def _visit(self, arrivals: list[Arrival]) -> None:
         for arrival in arrivals:
@@ -184,7 +180,7 @@ class _Run:
 
     def _without_tokens(self, layer: Layer) -> None:
         """No input was seen: by magnitude, or left dense as the user chose."""
-        if layer.expert is not None:
+        if layer.routed:
             self.warnings.append(f"{layer.name}: no calibration token reached this expert; pruned by magnitude")
         elif self.job.uncalled == "magnitude":
             self.warnings.append(f"{layer.name}: its weight is used without a call; pruned by magnitude")
@@ -242,8 +238,12 @@ class _Run:
     def _walk(self, needs: tuple[type[Statistic], ...], visit: Any, schedule: Schedule) -> Walked:
         walked = walk(
             self.model, self.batches, self.job.layers, blocks=self.job.found.blocks, collector=lambda: Bundle(needs),
-            visit=visit, schedule=schedule, progress=self.progress,
+            visit=visit, schedule=schedule, progress=self.progress, scouted=self.scouted,
         )  # fmt: skip
+        for name, calls in walked.late.items():
+            self.warnings.append(f"{name}: {calls} calls came after it had been pruned and were not counted")
+        for name in walked.unmasked:
+            self.warnings.append(f"{name}: padding counted as tokens, since its input is not laid out like the mask")
         self.passes += walked.passes
         self.seconds["forward"] += walked.forward_seconds
         self.seconds["collect"] += walked.collect_seconds

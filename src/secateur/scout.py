@@ -29,7 +29,7 @@ class Scouted:
     @property
     def uncalled(self) -> list[Layer]:
         """Layers that never run as modules. An expert may just have had no token, so none is among them."""
-        return [layer for layer, n in self.calls.items() if not n and "expert" not in layer.name]
+        return [layer for layer, n in self.calls.items() if not n and not layer.routed]
 
 
 def scout(model: nn.Module, batch: Batch, layers: Sequence[Layer], tokens: int = 16) -> Scouted:

@@ -32,7 +32,7 @@ from secateur.errors import RunFailure, UsageError
 from secateur.models.layers import Layer
 from secateur.models.taps import tapped
 from secateur.progress import Progress, silent
-from secateur.scout import Batch, Recent, run, scout
+from secateur.scout import Batch, Recent, Scouted, run, scout
 
 Schedule = Literal["sequential", "block", "oneshot"]
 SCHEDULES: dict[str, str] = {
@@ -70,6 +70,7 @@ class Walked:
     unvisited: list[Layer] = field(default_factory=list)  # never called, or an expert without a token
     repeated: list[Layer] = field(default_factory=list)  # called more than once in a pass
     late: dict[str, int] = field(default_factory=dict)  # calls that came after the visit
+    unmasked: list[str] = field(default_factory=list)  # layers whose padding could not be told apart
 
 
 def walk(
@@ -82,6 +83,7 @@ def walk(
     visit: Callable[[list[Arrival]], None],
     schedule: Schedule = "sequential",
     progress: Progress = silent,
+    scouted: Scouted | None = None,
 ) -> Walked:
     """Bring every layer's inputs to `visit`, which may change weights in place.
 
@@ -93,6 +95,7 @@ def walk(
         collector: makes an empty collector for one input.
         visit: called with one arrival (sequential), a block's (block), or all (oneshot), in call order.
         schedule: see the head of this file.
+        scouted: what a look ahead at these layers showed; None looks now.
 
     Returns:
         What was seen and what was not. Layers in `unvisited` were never given to `visit`.
@@ -106,7 +109,7 @@ def walk(
     torch.set_autocast_cache_enabled(False)  # it would go on using a weight as it was before the visit
     try:
         with torch.inference_mode(False), torch.no_grad():
-            return _Walk(model, batches, layers, blocks, collector, visit, progress).run(schedule)
+            return _Walk(model, batches, layers, blocks, collector, visit, progress, scouted).run(schedule)
     finally:
         torch.set_autocast_cache_enabled(cache)
 
@@ -121,11 +124,12 @@ class _Walk:
         collector: Callable[[], Collector],
         visit: Callable[[list[Arrival]], None],
         progress: Progress,
+        scouted: Scouted | None,
     ) -> None:
         self.model, self.batches, self.blocks = model, batches, blocks
         self.collector, self.visitor, self.progress = collector, visit, progress
         self.report = Walked()
-        self.scouted = scout(model, batches[0], layers)
+        self.scouted = scouted or scout(model, batches[0], layers)
         self.layers = list(layers)
         self.report.repeated = [layer for layer in self.layers if self.scouted.calls[layer] > 1]
         self.visited: set[Layer] = set()
@@ -259,9 +263,18 @@ class _Walk:
         started = time.perf_counter()
         seen = self.collector()
         for lane in lanes:
-            _update(seen, lane.x, lane.rows, lane.batch)
+            self._update(seen, lane.place, lane.x, lane.rows, lane.batch)
         self.report.collect_seconds += time.perf_counter() - started
         return seen
+
+    def _update(self, seen: Collector, layer: Layer, x: Tensor, rows: Tensor | None, batch: Batch) -> None:
+        """The model may run in autocast or keep gradients; statistics do neither."""
+        masks = {name: mask for name, mask in batch.items() if name.endswith("mask") and mask.dim() == 2}
+        with torch.autocast(x.device.type, enabled=False):
+            tokens = _tokens(x.detach(), rows, masks)
+            if tokens is None and layer.name not in self.report.unmasked:
+                self.report.unmasked.append(layer.name)
+            seen.update(x.detach().reshape(-1, x.shape[-1]) if tokens is None else tokens)
 
     def _visit(self, layers: Sequence[Layer]) -> None:
         started = time.perf_counter()
@@ -323,28 +336,23 @@ class _Watcher:
             self.recent.add(x, layer)
             if layer not in self.collectors:
                 self.collectors[layer] = self.walk.collector()
-            _update(self.collectors[layer], x, rows, self.batch)
+            self.walk._update(self.collectors[layer], layer, x, rows, self.batch)
         self.walk.report.collect_seconds += time.perf_counter() - started
         self.walk._advance(layer.name)
 
 
-def _update(seen: Collector, x: Tensor, rows: Tensor | None, batch: Batch) -> None:
-    """The model may run in autocast or keep gradients; statistics do neither."""
-    with torch.autocast(x.device.type, enabled=False):
-        seen.update(_tokens(x.detach(), rows, batch))
-
-
-def _tokens(x: Tensor, rows: Tensor | None, batch: Batch) -> Tensor:
-    """(..., in) -> (tokens, in) without padding."""
-    masks = {name: mask for name, mask in batch.items() if name.endswith("mask") and mask.dim() == 2}
+def _tokens(x: Tensor, rows: Tensor | None, masks: Mapping[str, Tensor]) -> Tensor | None:
+    """(..., in) -> (tokens, in) without padding; None where no mask is laid out like x."""
     flat = x.reshape(-1, x.shape[-1])
     fitting = [
         mask.bool()
         for mask in masks.values()
         if (rows is not None or mask.shape == x.shape[:-1] or (x.dim() == 2 and mask.numel() == len(flat)))
     ]
-    if not fitting or all(bool(mask.all()) for mask in fitting):
+    if all(bool(mask.all()) for mask in (fitting or masks.values())):
         return flat
+    if not fitting:
+        return None
     if any(not torch.equal(mask, fitting[0]) for mask in fitting):
         raise UsageError(
             f"{' and '.join(masks)} have the same shape {tuple(fitting[0].shape)} and different padding; "

@@ -23,6 +23,13 @@ class RIA(Method):
 
     Attributes:
         power: exponent a of the input norm; 0.5 in the paper, 0 leaves the inputs out.
+
+    >>> import torch
+    >>> from secateur.statistics import Bundle
+    >>> inputs = Bundle(RIA.needs)
+    >>> inputs.update(torch.ones(3, 2))
+    >>> RIA().score(LayerView("q", torch.tensor([[1.0, 3.0], [3.0, 1.0]]), inputs)).tolist()
+    [[0.5, 1.5], [1.5, 0.5]]
     """
 
     power: float = 0.5

@@ -26,6 +26,13 @@ class Wanda(Method):
             stays within one share alpha of the row's total, so rows lose different numbers of weights. The paper
             bisects alpha; here the entries are ranked by the share at which they would go, which meets the
             sparsity exactly. Compared over the layer.
+
+    >>> import torch
+    >>> from secateur.statistics import Bundle
+    >>> inputs = Bundle(Wanda.needs)
+    >>> inputs.update(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+    >>> Wanda().prune_layer(LayerView("q", torch.tensor([[1.0, 2.0]]), inputs), Wanda().native, 0.5)
+    tensor([[ True, False]])
     """
 
     variant: bool = False

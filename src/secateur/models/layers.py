@@ -52,6 +52,11 @@ class Layer:
     order: int = 0
 
     @property
+    def routed(self) -> bool:
+        """Whether only some tokens reach it: one of several experts, however they are stored."""
+        return self.expert is not None or "expert" in self.name
+
+    @property
     def module(self) -> nn.Module:
         """The first module that applies the layer."""
         return self.modules[0]
@@ -165,6 +170,7 @@ def select(
     Raises:
         UsageError: a word that names nothing, or a choice that leaves nothing.
     """
+    include, exclude = ([words] if isinstance(words, str) else words for words in (include, exclude))
     kinds = {layer.name: layer.kind for layer in found.layers} | {n: kind for n, (kind, _) in found.unseen.items()}
     for word in (*include, *exclude):
         if word != "all" and word not in KINDS and not any(_chooses(word, name, kinds[name]) for name in kinds):
