@@ -3,7 +3,7 @@
     python benchmarks/quality.py [--samples 128] [--seqlen 2048] [--windows 48] [--wikitext PATH]
 
 Texts: the test books of `gutenberg`, and wikitext2's raw test split when a file is given (the hub's by name
-otherwise, where it answers). Writes results/quality.json after every model; the same request goes on from there.
+otherwise, where it answers). Writes results/NAME.json after every model; the same request goes on from there.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def row(table: Table, name: tuple[str, ...], found: dict[str, Any], texts: list[
     )
 
 
-def earlier(settings: dict[str, Any]) -> list[dict[str, Any]]:
+def earlier(name: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a run with these settings that was stopped."""
-    path = RESULTS / "quality.json"
+    path = RESULTS / f"{name}.json"
     if not path.exists():
         return []
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--wikitext", default="../shared/data/text/wikitext2_raw_test.txt")
     parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
+    parser.add_argument("--name", default="quality", help="of the file in results/")
     options = parser.parse_args()
     console = Console()
     texts = ["gutenberg", options.wikitext if Path(options.wikitext).exists() else "wikitext2"]
@@ -90,7 +91,7 @@ def main() -> None:
         "model": source.description, "dtype": options.dtype, "calibration": ids.record, "sparsity": options.sparsity,
         "windows": options.windows, "texts": texts,
     }  # fmt: skip
-    rows = earlier(settings)
+    rows = earlier(options.name, settings)
     for case in (("dense", None, None), *CASES[: options.cases]):
         method, pattern, schedule = case
         done = next((r for r in rows if r["case"] == list(case)), None)
@@ -107,7 +108,7 @@ def main() -> None:
                 raise SystemExit(f"quality: {error}") from error
             done = {"case": list(case), "method": method} | about | found
             rows.append(done)
-            store("quality", settings | {"rows": rows})
+            store(options.name, settings | {"rows": rows})
         seconds = f"{done['seconds']['total']:.0f}" if done["seconds"] else "-"
         row(table, (method, done["pattern"], done["schedule"]), done, texts, seconds)
         console.print(f"{method} {done['pattern']} {done['schedule']}: {done[texts[0]]['value']:.2f}")

@@ -15,7 +15,7 @@ from secateur.data.calibration import Calibration
 from secateur.errors import NumericalFailure
 from secateur.inputs import Data, batches_of
 from secateur.job import Job, Uncalled, check_job, coverage_of
-from secateur.masks import Pattern, Unstructured, keep_model
+from secateur.masks import Pattern, Unstructured, keep_model, zero_dropped_
 from secateur.memory import peak_memory
 from secateur.methods import LayerView, Method
 from secateur.methods.magnitude import Magnitude
@@ -155,7 +155,7 @@ class _Run:
         method = method or self.job.method
         view = self._view(layer, seen)
         keep = method.prune_layer(view, self._pattern(), self.targets[layer])
-        if not torch.isfinite(view.weight.sum()):
+        if method.solves and not torch.isfinite(view.weight.sum()):
             raise NumericalFailure(f"{method.name()} made weights of {layer.name} that are not finite numbers")
         self._write(layer, view.weight, keep, seen)
         self.warnings.extend(view.warnings)
@@ -172,7 +172,7 @@ class _Run:
         target = layer.weight
         if target.data_ptr() != weight.data_ptr():
             target.copy_(weight)
-        sparsity = 1 - int(keep.sum()) / keep.numel()
+        sparsity = 1 - int(keep.count_nonzero()) / keep.numel()
         tokens = None if seen is None else seen.tokens
         self.records.append(
             PrunedLayer(layer.name, layer.block, layer.kind, layer.shape, self.targets[layer], sparsity, tokens)
@@ -218,7 +218,7 @@ class _Run:
         if job.method.solves:
             return  # each layer's share is known now; the solver chooses inside the layer
         for layer, keep in keeps.items():
-            self._write(layer, self._view(layer, None).weight.masked_fill_(~keep, 0), keep, seen.get(layer))
+            self._write(layer, zero_dropped_(self._view(layer, None).weight, keep), keep, seen.get(layer))
         for layer in left:
             self._without_tokens(layer)
 

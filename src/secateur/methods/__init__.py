@@ -18,7 +18,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from secateur.errors import UnknownName, UsageError
-from secateur.masks import Pattern, Unstructured
+from secateur.masks import Pattern, Unstructured, zero_dropped_
 from secateur.statistics import Bundle, S, Statistic
 
 
@@ -63,7 +63,7 @@ class Method:
     def prune_layer(self, layer: LayerView, pattern: Pattern, sparsity: float) -> Tensor:
         """Write the new weight into `layer.weight`; return the keep mask, (out, in) bool."""
         keep = pattern.keep(self.score(layer), sparsity)
-        layer.weight.masked_fill_(~keep, 0)
+        zero_dropped_(layer.weight, keep)
         return keep
 
     @property

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from secateur.errors import InvalidParameter
 from secateur.factor import InverseFactor, inverse_factor
-from secateur.masks import NM, Pattern, Unstructured
+from secateur.masks import NM, Pattern, Unstructured, zero_dropped_
 from secateur.methods import LayerView, Method
 from secateur.statistics import Gram
 
@@ -77,7 +77,7 @@ class SparseGPT(Method):
                     w[j + 1 : right].addr_(u[j, j + 1 : right], lost[j - start], alpha=-1)
                 w[right:end].addmm_(u[left:right, right:end].t(), lost[left - start : right - start], alpha=-1)
             w[end:].addmm_(u[start:end, end:].t(), lost, alpha=-1)
-        layer.weight.copy_(w.masked_fill_(~keep, 0).t())
+        layer.weight.copy_(zero_dropped_(w, keep).t())
         return keep.t()
 
     def _factor(self, layer: LayerView) -> InverseFactor:
