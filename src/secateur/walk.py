@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from secateur.coroutines import Lane
 from secateur.errors import RunFailure, UsageError
+from secateur.memory import give_back
 from secateur.models.layers import Layer
 from secateur.models.taps import tapped
 from secateur.progress import Progress, silent
@@ -135,6 +136,7 @@ class _Walk:
         self.visited: set[Layer] = set()
         self.gathered: dict[Layer, Collector] = {}  # complete, waiting for a visit
         self.work_done, self.work = 0, 0
+        self.block = ""  # the one whose layers are being visited
 
     def run(self, schedule: Schedule) -> Walked:
         started = time.perf_counter()
@@ -281,6 +283,9 @@ class _Walk:
         ordered = sorted(layers, key=lambda layer: self.scouted.order[layer])
         fresh = [layer for layer in ordered if layer not in self.visited]
         if fresh:
+            if fresh[0].block != self.block:  # a block's activations leave gaps in the heap that the next cannot fill
+                self.block = fresh[0].block
+                give_back()
             with torch.autocast(fresh[0].weight.device.type, enabled=False):
                 self.visitor([Arrival(layer, self.gathered.pop(layer)) for layer in fresh])
             self.visited.update(fresh)
