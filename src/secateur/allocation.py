@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +24,17 @@ HIGHEST = 0.99  # no layer is emptied by an allocation
 
 
 @dataclass(frozen=True)
-class Allocation:
+class Allocation(ABC):
     """The contract: `allocate` gives every layer its sparsity. `needs` asks for one pass of the dense model."""
 
     needs: ClassVar[tuple[type[Statistic], ...]] = ()
     source: ClassVar[str] = ""
 
+    @abstractmethod
     def allocate(
         self, layers: Sequence[Layer], sparsity: float | None, seen: Mapping[Layer, SecondMoment]
     ) -> dict[Layer, float]:
         """One sparsity in [0, 1) for each of `layers`; `seen` has the statistics asked for."""
-        raise NotImplementedError
 
     @classmethod
     def name(cls) -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -31,7 +31,7 @@ from secateur.coroutines import Lane
 from secateur.errors import RunFailure, UsageError
 from secateur.memory import give_back
 from secateur.models.layers import Layer
-from secateur.models.taps import tapped
+from secateur.models.taps import replaced_forward, tapped
 from secateur.progress import Progress, silent
 from secateur.scout import Batch, Recent, Scouted, run, scout
 
@@ -216,7 +216,6 @@ class _Walk:
             inside.setdefault(layer.block, []).append(layer)
         watcher = _Watcher(self, [layer for layer in self.layers if layer not in self.gathered], within_block=True)
         done: set[str] = set()
-        restore: list[tuple[nn.Module, object]] = []
 
         def paused(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if name not in done:
@@ -228,35 +227,25 @@ class _Walk:
                 lane.pause(name)
             return forward(*args, **kwargs)
 
-        with tapped(self.layers, watcher.arrive):
+        with tapped(self.layers, watcher.arrive), ExitStack() as undo:
             watcher.active = False
-            try:
-                seen_blocks: set[int] = set()
-                for name in inside:
-                    block = self.blocks[name]
-                    if id(block) not in seen_blocks:
-                        seen_blocks.add(id(block))
-                        restore.append((block, block.__dict__.get("forward")))
-                        block.forward = partial(paused, name, block.forward)
-                first = {name: min(self.scouted.order[layer] for layer in inside[name]) for name in inside}
-                for lane in lanes:
+            for block, name in {
+                self.blocks[name]: name for name in reversed(inside)
+            }.items():  # each once, by its first name
+                undo.enter_context(replaced_forward(block, partial(paused, name, block.forward)))
+            first = {name: min(self.scouted.order[layer] for layer in inside[name]) for name in inside}
+            for lane in lanes:
+                lane.resume()
+            while waiting := [lane for lane in lanes if lane.place is not None]:
+                name = min((lane.place for lane in waiting), key=lambda place: first[place])
+                self.gathered.update({k: c for k, c in watcher.collectors.items() if k.block == name})
+                watcher.collectors = {k: c for k, c in watcher.collectors.items() if k.block != name}
+                ready = [layer for layer in inside[name] if layer in self.gathered]
+                self._visit([layer for layer in ready if self.gathered[layer].tokens])
+                done.add(name)
+                for lane in [lane for lane in waiting if lane.place == name]:
                     lane.resume()
-                while waiting := [lane for lane in lanes if lane.place is not None]:
-                    name = min((lane.place for lane in waiting), key=lambda place: first[place])
-                    self.gathered.update({k: c for k, c in watcher.collectors.items() if k.block == name})
-                    watcher.collectors = {k: c for k, c in watcher.collectors.items() if k.block != name}
-                    ready = [layer for layer in inside[name] if layer in self.gathered]
-                    self._visit([layer for layer in ready if self.gathered[layer].tokens])
-                    done.add(name)
-                    for lane in [lane for lane in waiting if lane.place == name]:
-                        lane.resume()
-                        self._advance(name, len(inside[name]))
-            finally:
-                for block, before in restore:
-                    if before is None:
-                        del block.forward
-                    else:
-                        block.forward = before  # type: ignore[assignment]
+                    self._advance(name, len(inside[name]))
         self.report.passes += 1  # every block ran twice
 
     # what both share

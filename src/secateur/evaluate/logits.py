@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import UsageError
+from secateur.models.taps import replaced_forward
 from secateur.walk import evaluating
 
 log = logging.getLogger(__name__)
@@ -121,15 +122,8 @@ def returning(module: nn.Module, output: object) -> Iterator[Callable[[], int]]:
         count += 1
         return output
 
-    own = module.__dict__.get("forward")  # accelerate, for one, sets it on the instance
-    module.__dict__["forward"] = forward
-    try:
+    with replaced_forward(module, forward):
         yield lambda: count
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own
 
 
 def _probe(ids: Tensor, known: int) -> Tensor:

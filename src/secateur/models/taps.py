@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,37 +18,40 @@ Arrive = Callable[[Layer, Tensor, Tensor | None], None]
 
 
 @contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While open, this one module runs `forward`; what was set on the instance before comes back afterwards."""
+    own = module.__dict__.get("forward")  # accelerate, for one, sets it there
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+
+@contextmanager
 def tapped(layers: Sequence[Layer], arrive: Arrive) -> Iterator[None]:
     """While open, `arrive` is called before each of `layers` runs, and may change the layer's weight.
 
     Linear maps are watched by forward pre-hooks. Expert modules run their experts one by one, as their own
     eager code does, so that each slice has its own moment. Everything is undone on the way out.
     """
-    handles: list[Any] = []
     experts: dict[nn.Module, dict[tuple[int, str], Layer]] = {}
     for layer in layers:
         if layer.expert is not None:
             for module in layer.modules:
                 experts.setdefault(module, {})[layer.expert, layer.parameter] = layer
-    replaced: list[tuple[nn.Module, object]] = []
-    try:
+    with ExitStack() as undo:
         for layer in layers:
             if layer.expert is None:
                 for module in layer.modules:
                     hook = partial(_pre_hook, layer, arrive)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                    undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for module, watched in experts.items():
-            replaced.append((module, module.__dict__.get("forward")))
-            module.forward = partial(_run_experts, module, watched, arrive)
+            undo.enter_context(replaced_forward(module, partial(_run_experts, module, watched, arrive)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, before in replaced:
-            if before is None:
-                del module.forward
-            else:
-                module.forward = before  # type: ignore[assignment]
 
 
 def _pre_hook(layer: Layer, arrive: Arrive, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
