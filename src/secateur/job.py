@@ -43,12 +43,16 @@ class Job:
 
     @property
     def needs_data(self) -> bool:
-        return bool(self.method.needs or self.allocation.needs)
+        return bool(self.method.needs or self.method.gradients or self.allocation.needs)
 
     def check_data(self, data: Data | None) -> Data:
         """`data` itself; an error when there is none."""
         if data is None:
-            who = self.method.name() if self.method.needs else f"the {self.allocation.name()} allocation"
+            who = (
+                self.method.name()
+                if self.method.needs or self.method.gradients
+                else f"the {self.allocation.name()} allocation"
+            )
             raise UsageError(f"{who} needs calibration data: pass ids, or name a text with --calibration")
         return data
 

@@ -51,6 +51,17 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
             peak.device = torch.cuda.max_memory_allocated(device)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new tensor on this device may still take.
+
+    >>> free_memory(torch.device("cpu")) > 0
+    True
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
 def give_back() -> None:
     """Return freed heap pages to the system, where the C library knows how (glibc); about a millisecond.
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from secateur.allocation import Allocation
+from secateur.gradients import collect_gradients
 from secateur.inputs import Data, batches_of
 from secateur.job import Job, Uncalled, check_job, coverage_of
 from secateur.masks import NM, Pattern
@@ -132,16 +133,24 @@ def _seconds(model: nn.Module, job: Job, batches: Sequence[Batch], passes: int) 
             pattern = job.method.native if job.globally else job.pattern
             target = pattern.sparsity if isinstance(pattern, NM) else job.sparsity or 0.5
             assert isinstance(arrival.seen, Bundle)
-            job.method.prune_layer(LayerView(arrival.layer.name, wide, arrival.seen), pattern, target)
+            view = LayerView(arrival.layer.name, wide, arrival.seen, gradients.get(arrival.layer))
+            job.method.prune_layer(view, pattern, target)
             select += time.perf_counter() - started
 
     if not batches:
         return 0.0
+    backward, gradients = 0.0, {}
+    if job.method.gradients:
+        started = time.perf_counter()
+        one = {name: value[:1] for name, value in batches[0].items()}
+        gradients = collect_gradients(model, [one], first, job.method.gradients, blocks=job.found.blocks.values())
+        backward = (time.perf_counter() - started) * sum(len(next(iter(batch.values()))) for batch in batches)
     timed = walk(
         model, batches[:1], first, blocks=job.found.blocks, collector=lambda: Bundle(job.method.needs),
         visit=time_selection, schedule="oneshot",
     )  # fmt: skip
-    return passes * len(batches) * (timed.forward_seconds + scale * timed.collect_seconds) + scale * select
+    reading = passes * len(batches) * (timed.forward_seconds + scale * timed.collect_seconds)
+    return reading + backward + scale * select
 
 
 def _memory(model: nn.Module, job: Job, tokens: int) -> int:
@@ -157,4 +166,6 @@ def _memory(model: nn.Module, job: Job, tokens: int) -> int:
             sum(s for s, x in zip(sizes, job.layers, strict=True) if x.block == b) for b in job.found.blocks
         )
     work = 3 * 4 * max(layer.weight.numel() for layer in job.layers)
+    if job.method.gradients:  # their sums
+        work += 4 * sum(layer.weight.numel() for layer in job.layers)
     return weights + activations + statistics + work

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from secateur.allocation import Allocation
 from secateur.data.calibration import Calibration
 from secateur.errors import NumericalFailure
+from secateur.gradients import Gradient, collect_gradients
 from secateur.inputs import Data, batches_of
 from secateur.job import Job, Uncalled, check_job, coverage_of
 from secateur.masks import Pattern, Unstructured, keep_model, zero_dropped_
@@ -118,11 +119,15 @@ class _Run:
         self.passes = 0
         self.seconds = {"forward": 0.0, "collect": 0.0, "select": 0.0}
         self.targets: dict[Layer, float] = {}
+        self.gradients: dict[Layer, Gradient] = {}
 
     def all(self) -> None:
         job = self.job
-        self.scouted = scout(self.model, self.batches[0], job.layers) if self.batches else None
+        walks = bool(job.method.needs or job.allocation.needs)  # otherwise a layer need not be called to be pruned
+        self.scouted = scout(self.model, self.batches[0], job.layers) if walks else None
         self.coverage = coverage_of(job, self.scouted)
+        if job.method.gradients:
+            self._collect_gradients()
         if job.globally:
             self._compare_all()
         else:
@@ -138,7 +143,10 @@ class _Run:
         if not job.method.needs:
             started = time.perf_counter()
             for i, layer in enumerate(job.layers):
-                self._prune(layer, None)
+                if layer.routed and layer in self.gradients and not self.gradients[layer].seen:
+                    self._without_tokens(layer)
+                else:
+                    self._prune(layer, None)
                 self.progress(i + 1, len(job.layers), layer.name)
             self.seconds["select"] += time.perf_counter() - started
             return
@@ -166,7 +174,7 @@ class _Run:
     def _view(self, layer: Layer, seen: Bundle | None) -> LayerView:
         weight = layer.weight
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32)).contiguous()
-        return LayerView(layer.name, wide, seen or Bundle())
+        return LayerView(layer.name, wide, seen or Bundle(), self.gradients.get(layer))
 
     def _write(self, layer: Layer, weight: Tensor, keep: Tensor, seen: Bundle | None) -> None:
         target = layer.weight
@@ -222,7 +230,17 @@ class _Run:
         for layer in left:
             self._without_tokens(layer)
 
-    # walking
+    # reading the model
+
+    def _collect_gradients(self) -> None:
+        """Of the dense model, before anything is cut."""
+        started, request = time.perf_counter(), self.job.method.gradients
+        assert request is not None
+        self.gradients = collect_gradients(
+            self.model, self.batches, self.job.layers, request,
+            blocks=self.job.found.blocks.values(), progress=self.progress,
+        )  # fmt: skip
+        self.seconds["gradients"] = time.perf_counter() - started
 
     def _observe(self, needs: tuple[type[Statistic], ...]) -> dict[Layer, SecondMoment]:
         seen: dict[Layer, SecondMoment] = {}

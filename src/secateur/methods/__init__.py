@@ -18,6 +18,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from secateur.errors import UnknownName, UsageError
+from secateur.gradients import Gradient, GradientRequest
 from secateur.masks import Pattern, Unstructured, zero_dropped_
 from secateur.statistics import Bundle, S, Statistic
 
@@ -27,12 +28,13 @@ class LayerView:
     """A layer as a method sees it.
 
     `weight` is (out, in) in fp32 (fp64 for fp64 models), free to be changed. `view[Gram]` gives a statistic of
-    the layer's inputs. `warn` records what the user should know.
+    the layer's inputs, `gradient` is there for methods that ask for it. `warn` records what the user should know.
     """
 
     name: str
     weight: Tensor
     statistics: Bundle = field(default_factory=Bundle)
+    gradient: Gradient | None = None
     warnings: list[str] = field(default_factory=list)
 
     def __getitem__(self, kind: type[S]) -> S:
@@ -67,6 +69,11 @@ class Method:
         return keep
 
     @property
+    def gradients(self) -> GradientRequest | None:
+        """What the method wants to know of the dense model's gradients; None: nothing, no backward pass."""
+        return None
+
+    @property
     def solves(self) -> bool:
         """Whether the method changes the weights it keeps."""
         return type(self).prune_layer is not Method.prune_layer
@@ -88,7 +95,7 @@ def find_methods() -> dict[str, type[Method]]:
     """Every method by name: the files of this folder, then entry points.
 
     >>> sorted(find_methods())
-    ['magnitude', 'ria', 'sparsegpt', 'wanda']
+    ['gblm', 'gradient', 'magnitude', 'ria', 'sparsegpt', 'wanda']
     """
     found: dict[str, type[Method]] = {}
     for info in pkgutil.iter_modules(__path__):

@@ -64,10 +64,12 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """(out, in) view of the parameter itself: writing to it changes the model."""
-        weight: Tensor = getattr(self.module, self.parameter).detach()
-        if self.expert is not None:
-            weight = weight[self.expert]
-        return weight.t() if self.transposed else weight
+        return self.view_of(getattr(self.module, self.parameter).detach())
+
+    def view_of(self, parameter: Tensor) -> Tensor:
+        """(out, in): this layer's part of a tensor that is laid out like the parameter, its gradient for one."""
+        part = parameter if self.expert is None else parameter[self.expert]
+        return part.t() if self.transposed else part
 
     @property
     def shape(self) -> tuple[int, int]:
