@@ -129,7 +129,7 @@ def collect_gradients(
                     raise NumericalFailure(
                         f"the loss of calibration sequence {done} is {loss.item()}; try another dtype or text"
                     )
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 done += 1
                 progress(done, total, "gradients")
     for gradient in found.values():
