@@ -9,11 +9,11 @@ PACKAGE = Path(__file__).parents[1] / "src" / "secateur"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = (  # from the ground up; a room is a folder, or the files that make one thing together
-    ("errors", "progress"),
+    ("errors", "progress", "registry"),
     ("masks", "statistics factor", "divergence", "coroutines", "memory", "parallel", "kernels"),
     ("models", "data"),
-    ("walk scout", "allocation"),
-    ("methods", "attention", "recovery", "evaluate"),
+    ("walk scout", "allocation", "view"),
+    ("methods", "refinements", "attention", "recovery", "evaluate"),
     ("safety",),
     ("pruning planning job inputs result", "recipe", "run", "report"),
     ("cli __main__",),

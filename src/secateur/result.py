@@ -10,6 +10,15 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Refined:
+    """A layer's output error before and after the refinements: E|(W - W0) x|^2 / E|W0 x|^2 over its calibration inputs,
+    with W0 dense."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class PrunedLayer:
     """One layer after the cut. `sparsity` is the share of its weights removed, `tokens` what it saw (None: no data)."""
 
@@ -20,6 +29,7 @@ class PrunedLayer:
     target: float
     sparsity: float
     tokens: int | None
+    refined: Refined | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class PruneResult:
     device: str
     dtype: str
     warnings: tuple[str, ...]
+    refine: tuple[dict[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

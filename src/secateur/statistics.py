@@ -124,6 +124,16 @@ class Gram(Statistic):
         upper = self._sum.triu()
         return upper.add_(upper.triu(1).t()).div_(self.tokens)
 
+    def output_power(self, weight: Tensor) -> float:
+        """E[|W x|^2], the mean square of the outputs that W: (out, in) gives, summed over the outputs.
+
+        >>> gram = Gram()
+        >>> gram.update(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+        >>> gram.output_power(torch.tensor([[1.0, 1.0]]))
+        9.0
+        """
+        return float(torch.linalg.vecdot(weight @ self.mean, weight).sum(dtype=torch.float64))
+
     @staticmethod
     def bytes_for(width: int) -> int:
         return 4 * width * width
