@@ -51,10 +51,15 @@ class Job:
 
     @property
     def needs(self) -> tuple[type[Statistic], ...]:
-        """What the walk that changes weights collects: the method's, unless its mask is known by then, and Gram matrices
-        for refinements and the errors that are recorded of them."""
-        method = () if self.compares_first and not self.method.solves else self.method.needs
-        return tuple(dict.fromkeys((*method, *(kind for one in self.refine for kind in (Gram, *one.needs)))))
+        """What the walk that changes weights collects: the method's statistics, unless its mask is known by then, and
+        those of refinements and of the errors that are recorded with them."""
+        method: tuple[type[Statistic], ...] = (
+            () if self.compares_first and not self.method.solves else self.method.needs
+        )
+        needs = dict.fromkeys(method)
+        for one in self.refine:
+            needs |= dict.fromkeys((Gram, *one.needs))
+        return tuple(needs)
 
     @property
     def needs_data(self) -> bool:
@@ -137,7 +142,7 @@ def coverage_of(job: Job, scouted: Scouted | None) -> Coverage:
         LowCoverage: under 90 %.
     """
     silent_layers = scouted.uncalled if scouted else []
-    missed = sum(layer.weight.numel() for layer in silent_layers) if job.uncalled == "dense" else 0
+    missed = sum(layer.weight.numel() for layer in silent_layers) if job.uncalled == "dense" and job.method.needs else 0
     seen = sum(layer.weight.numel() for layer in job.layers)
     share = (seen - missed) / (seen + sum(job.unseen.values()))
     coverage = Coverage(share, dict(job.unseen), tuple(layer.name for layer in silent_layers))

@@ -22,7 +22,7 @@ from secateur.methods.magnitude import Magnitude
 from secateur.models.layers import Layer
 from secateur.progress import Progress, silent
 from secateur.refinements import Refinement
-from secateur.result import PrunedLayer, PruneResult, Refined
+from secateur.result import OutputError, PrunedLayer, PruneResult
 from secateur.scout import Batch, scout
 from secateur.statistics import Bundle, Gram, SecondMoment, Statistic
 from secateur.view import LayerView, widened
@@ -171,28 +171,30 @@ class _Run:
                 method = Magnitude()
                 self.warnings.append(f"{layer.name}: no token reached it in the dense model; pruned by magnitude")
             keep = method.prune_layer(view, self._pattern(), self.targets[layer])
-        refined = None
+        error = None
         if self.job.refine and seen is None:
             self.unrefined.append(layer.name)
         elif self.job.refine:
-            keep, refined = self._refine(layer, view, keep)
-        if (method.solves or refined) and not torch.isfinite(view.weight.sum()):
+            keep, error = self._refine(layer, view, keep)
+        if (method.solves or error) and not torch.isfinite(view.weight.sum()):
             whose = " + ".join((method.name(), *(one.name() for one in self.job.refine)))
             raise NumericalFailure(f"{whose} made weights of {layer.name} that are not finite numbers")
-        self._write(layer, view.weight, keep, seen, refined)
+        self._write(layer, view.weight, keep, seen, error)
         self.warnings.extend(view.warnings)
 
-    def _refine(self, layer: Layer, view: LayerView, keep: Tensor) -> tuple[Tensor, Refined]:
+    def _refine(self, layer: Layer, view: LayerView, keep: Tensor) -> tuple[Tensor, OutputError]:
         started = time.perf_counter()
-        dense, gram = widened(layer.weight), view[Gram]
-        before = gram.output_power(view.weight - dense)
+        dense, errors = widened(layer.weight), []
         for refinement in self.job.refine:
-            keep = refinement.refine(view, dense, keep, self._pattern())
-        after, whole = gram.output_power(view.weight - dense), gram.output_power(dense)
+            refined = refinement.refine(view, dense, keep, self._pattern())
+            keep = refined.keep
+            errors += [refined.before, refined.after]
+        whole = view[Gram].output_power(dense) or 1.0
         taken = time.perf_counter() - started
         self.seconds["refine"] = self.seconds.get("refine", 0.0) + taken
         self.seconds["select"] -= taken  # it is part of the visits
-        return keep, Refined(*(error / whole if whole else 0.0 for error in (before, after)))
+        before, after = (float(error.sum(dtype=torch.float64)) / whole for error in (errors[0], errors[-1]))
+        return keep, OutputError(before, after)
 
     def _pattern(self) -> Pattern:
         return Unstructured("layer") if self.job.globally else self.job.pattern
@@ -201,22 +203,21 @@ class _Run:
         return LayerView(layer.name, widened(layer.weight, copy=bool(self.job.refine)), seen or Bundle())
 
     def _write(
-        self, layer: Layer, weight: Tensor, keep: Tensor, seen: Bundle | None, refined: Refined | None = None
+        self, layer: Layer, weight: Tensor, keep: Tensor, seen: Bundle | None, error: OutputError | None = None
     ) -> None:
-        target = layer.weight
-        if target.data_ptr() != weight.data_ptr():
-            target.copy_(weight)
+        if layer.weight.data_ptr() != weight.data_ptr():
+            layer.weight.copy_(weight)
         sparsity = 1 - int(keep.count_nonzero()) / keep.numel()
         tokens = None if seen is None else seen.tokens
-        target_share = self.targets[layer]
+        target = self.targets[layer]
         self.records.append(
-            PrunedLayer(layer.name, layer.block, layer.kind, layer.shape, target_share, sparsity, tokens, refined)
+            PrunedLayer(layer.name, layer.block, layer.kind, layer.shape, target, sparsity, tokens, error)
         )
 
     def _without_tokens(self, layer: Layer) -> None:
         """No input was seen: by magnitude, or left dense as the user chose."""
-        if layer in self.keeps:
-            pass  # it had tokens in the dense model
+        if layer in self.keeps or not self.job.method.needs:
+            pass  # the method can do without
         elif layer.routed:
             self.warnings.append(f"{layer.name}: no calibration token reached this expert; pruned by magnitude")
         elif self.job.uncalled == "magnitude":

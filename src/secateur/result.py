@@ -10,9 +10,8 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Refined:
-    """A layer's output error before and after the refinements: E|(W - W0) x|^2 / E|W0 x|^2 over its calibration inputs,
-    with W0 dense."""
+class OutputError:
+    """E|(W - W0) x|^2 / E|W0 x|^2 of a layer over its calibration inputs x, W0 dense; before and after refinement."""
 
     before: float
     after: float
@@ -29,7 +28,7 @@ class PrunedLayer:
     target: float
     sparsity: float
     tokens: int | None
-    refined: Refined | None = None
+    output_error: OutputError | None = None  # only of refined layers
 
 
 @dataclass(frozen=True)

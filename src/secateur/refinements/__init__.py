@@ -22,6 +22,19 @@ from secateur.view import LayerView
 
 
 @dataclass(frozen=True)
+class Refined:
+    """What a refinement made of a layer, besides the weights it wrote.
+
+    `keep` is the (out, in) mask. `before` and `after` are (out,): each row's output error E[((w - w0)^T x)^2] over the
+    calibration inputs, w0 the dense row; `after` is nowhere above `before`.
+    """
+
+    keep: Tensor
+    before: Tensor
+    after: Tensor
+
+
+@dataclass(frozen=True)
 class Refinement(Named, ABC):
     """The contract: `refine` changes `layer.weight` in place, and no row's output error rises."""
 
@@ -32,8 +45,8 @@ class Refinement(Named, ABC):
         """Raise `UsageError` for a pattern whose counts could not be kept."""
 
     @abstractmethod
-    def refine(self, layer: LayerView, dense: Tensor, keep: Tensor, pattern: Pattern) -> Tensor:
-        """Write better weights into `layer.weight`; return the keep mask.
+    def refine(self, layer: LayerView, dense: Tensor, keep: Tensor, pattern: Pattern) -> Refined:
+        """Write better weights into `layer.weight`; return the keep mask and the errors.
 
         Args:
             layer: its weight is the method's, zero where dropped; it has the statistics that `needs` names.
@@ -50,7 +63,7 @@ def find_refinements() -> dict[str, type[Refinement]]:
     >>> sorted(find_refinements())
     ['refit', 'swap']
     """
-    return find_kinds(__name__, __path__, Refinement, "refinement")
+    return find_kinds(__name__, __path__, Refinement, "refinement")  # type: ignore[type-abstract]
 
 
 def make_refinement(name: str, **options: object) -> Refinement:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from secateur.errors import InvalidParameter
 from secateur.masks import Pattern
-from secateur.refinements import Refinement
+from secateur.refinements import Refined, Refinement
 from secateur.statistics import Gram
 from secateur.view import LayerView
 
@@ -47,25 +47,28 @@ class Refit(Refinement):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InvalidParameter(name, "refit", "a finite number >= 0", getattr(self, name))
 
-    def refine(self, layer: LayerView, dense: Tensor, keep: Tensor, pattern: Pattern) -> Tensor:
+    def refine(self, layer: LayerView, dense: Tensor, keep: Tensor, pattern: Pattern) -> Refined:
         h = layer[Gram].mean
         diagonal = h.diagonal()
         ridge = self.damping * diagonal.mean()
         unit = (diagonal + ridge).sqrt()
         unit = unit.where(unit > 0, 1.0)  # a dead input has no say in the error: its weights stay
-        h.diagonal().add_(ridge)
+        diagonal.add_(ridge)
         h.div_(unit).div_(unit[:, None])
+        ridge = ridge / unit.square()
+        errors = []
         for start in range(0, len(dense), _ROWS):
             rows = slice(start, start + _ROWS)
-            change = (layer.weight[rows] - dense[rows]).mul_(unit)
-            better = self._solve(h, change, keep[rows], ridge / unit.square())
-            layer.weight[rows] = torch.where(better, change.div_(unit).add_(dense[rows]), layer.weight[rows]).mul_(
-                keep[rows]
-            )
-        return keep
+            old = layer.weight[rows]
+            change = (old - dense[rows]).mul_(unit)
+            before, after = self._solve(h, change, keep[rows], ridge)
+            new = change.div_(unit).add_(dense[rows]).mul_(keep[rows])
+            old.copy_(torch.where(after <= before, new, old))
+            errors.append((before[:, 0], torch.minimum(before, after)[:, 0]))
+        return Refined(keep, *map(torch.cat, zip(*errors, strict=True)))
 
-    def _solve(self, h: Tensor, change: Tensor, keep: Tensor, ridge: Tensor) -> Tensor:
-        """Improve `change`, w - w0, in place; (rows, 1) bool, whether a row's output error did not rise."""
+    def _solve(self, h: Tensor, change: Tensor, keep: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+        """Improve `change`, the scaled w - w0, in place; the rows' output errors before and after, (rows, 1)."""
         product = change @ h
         before = _dot(change, product) - _dot(change * ridge, change)
         residual = product.neg().mul_(keep)
@@ -83,9 +86,10 @@ class Refit(Refinement):
             previous, square = square, _dot(residual, residual)
             step.mul_(torch.where(previous > 0, square / previous, 0.0)).add_(residual)
         torch.mm(change, h, out=product)
-        return _dot(change, product) - _dot(change * ridge, change) <= before
+        return before, _dot(change, product) - _dot(change * ridge, change)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """(rows, n), (rows, n) -> (rows, 1)."""
-    return torch.linalg.vecdot(a, b)[:, None]
+    dot: Tensor = torch.linalg.vecdot(a, b)
+    return dot[:, None]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from secateur.errors import InvalidParameter, UsageError
 from secateur.masks import NM, Pattern, Unstructured
-from secateur.refinements import Refinement
+from secateur.refinements import Refined, Refinement
 from secateur.statistics import Gram
 from secateur.view import LayerView
 
@@ -52,30 +52,27 @@ class Swap(Refinement):
                 "fixes: leave swap out, or compare per row, per layer or n:m."
             )
 
-    def refine(self, layer: LayerView, dense: Tensor, keep: Tensor, pattern: Pattern) -> Tensor:
+    def refine(self, layer: LayerView, dense: Tensor, keep: Tensor, pattern: Pattern) -> Refined:
         self.check(pattern)
-        if bool(keep.all()):
-            return keep
         h, keep = layer[Gram].mean, keep.clone()
-        widest = max(
-            4 * min(self.candidates, dense.shape[1]) ** 2,
-            dense.shape[1] * (pattern.m if isinstance(pattern, NM) else 1),
-        )
+        before = dense.new_empty(len(dense))
+        after = torch.empty_like(before)
+        widest = max(4 * min(self.candidates, dense.shape[1]) ** 2, dense.shape[1] * _group(pattern))
         for part in torch.arange(len(dense), device=dense.device).split(max(_ROOM // widest, 1)):
             rows, w, w0, k = part, layer.weight[part], dense[part], keep[part]
             c = (w - w0) @ h
-            error = ((w - w0) * c).sum(1)
-            for _ in range(self.rounds):
+            before[rows] = after[rows] = error = ((w - w0) * c).sum(1)
+            for _ in range(self.rounds if not bool(k.all()) else 0):
                 new_w, new_k = self._round(h, w, w0, c, k, error, pattern)
                 new_c = (new_w - w0) @ h
                 new_error = ((new_w - w0) * new_c).sum(1)
-                on = (new_k != k).any(1) & (new_error < error)
-                layer.weight[rows[on]], keep[rows[on]] = new_w[on], new_k[on]
-                if not bool(on.any()):
-                    break
+                on = new_error < error  # a row that stayed is finished
                 rows, w, w0, k = rows[on], new_w[on], w0[on], new_k[on]
                 c, error = new_c[on], new_error[on]
-        return keep
+                layer.weight[rows], keep[rows], after[rows] = w, k, error
+                if not len(rows):
+                    break
+        return Refined(keep, before, after)
 
     def _round(
         self, h: Tensor, w: Tensor, w0: Tensor, c: Tensor, keep: Tensor, error: Tensor, pattern: Pattern
@@ -112,6 +109,10 @@ class Swap(Refinement):
         mine = torch.arange(groups.shape[1], device=w.device)
         together = mine.repeat_interleave(n)[:, None] == mine.repeat_interleave(m - n)
         return order[..., :n].flatten(1), order[..., n:].flatten(1), together
+
+
+def _group(pattern: Pattern) -> int:
+    return pattern.m if isinstance(pattern, NM) else 1
 
 
 def _exchange(
