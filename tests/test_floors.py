@@ -10,10 +10,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = (  # from the ground up; a room is a folder, or the files that make one thing together
     ("errors", "progress"),
-    ("masks", "statistics factor", "divergence", "coroutines", "memory", "parallel", "kernels"),
+    ("masks", "registry", "statistics factor", "divergence", "coroutines", "memory", "parallel", "kernels"),
     ("models", "data"),
-    ("walk scout", "allocation"),
-    ("methods", "attention", "recovery", "evaluate"),
+    ("walk scout gradients", "allocation", "view"),
+    ("methods", "refinements", "attention", "recovery", "evaluate"),
     ("safety",),
     ("pruning planning job inputs result", "recipe", "run", "report"),
     ("cli __main__",),

@@ -15,11 +15,12 @@ sys.path.insert(0, str(Path(__file__).parent / "contract"))
 from families import FAMILIES, ids, make
 
 from secateur.errors import InvalidParameter, NumericalFailure, UsageError
-from secateur.gradients import Gradient, GradientRequest, collect_gradients
+from secateur.gradients import GradientRequest, collect_gradients
 from secateur.inputs import batches_of
 from secateur.methods import make_method
 from secateur.models.layers import find, find_layers
 from secateur.pruning import prune
+from secateur.statistics import Gradient
 
 
 def plain_loss(model: torch.nn.Module, family: str, row: Tensor) -> Tensor:

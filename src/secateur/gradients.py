@@ -26,8 +26,8 @@ from secateur.models.layers import Layer
 from secateur.models.taps import replaced_forward, tapped
 from secateur.progress import Progress, silent
 from secateur.scout import Batch
+from secateur.statistics import Gradient, Norm
 
-Norm = Literal["l1", "l2"]
 Checkpointing = Literal["auto", "always", "never"]
 
 
@@ -47,35 +47,6 @@ class GradientRequest:
         for name, kinds in (("norm", Norm), ("checkpointing", Checkpointing)):
             if getattr(self, name) not in get_args(kinds):
                 raise InvalidParameter(name, "gradients", f"one of {', '.join(get_args(kinds))}", getattr(self, name))
-
-
-@dataclass
-class Gradient:
-    """The gradients of one layer over all sequences. `sum`: (out, in) fp32, of |g| (l1) or of g^2 (l2).
-
-    >>> Gradient("l2", 2, torch.tensor([[8.0]])).mean
-    tensor([[2.]])
-    """
-
-    norm: Norm
-    samples: int
-    sum: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        """(out, in): mean of |g|, or the root mean square of g. Does not grow with the number of samples."""
-        mean = self.sum / max(self.samples, 1)
-        return mean if self.norm == "l1" else mean.sqrt()
-
-    @property
-    def total(self) -> Tensor:
-        """(out, in): sum of |g|, or the root of the sum of g^2, as GBLM's released code has it."""
-        return self.sum if self.norm == "l1" else self.sum.sqrt()
-
-    @property
-    def seen(self) -> bool:
-        """Whether any sequence reached the layer."""
-        return bool(self.sum.any())
 
 
 def collect_gradients(

@@ -14,8 +14,10 @@ from secateur.inputs import Data
 from secateur.masks import NM, Pattern, Unstructured, check_sparsity
 from secateur.methods import Method
 from secateur.models.layers import Found, Layer, check_untied, find, select
+from secateur.refinements import Refinement
 from secateur.result import Coverage
 from secateur.scout import Scouted
+from secateur.statistics import Gram, Statistic
 from secateur.walk import SCHEDULES, Schedule
 
 LOWEST_COVERAGE = 0.9
@@ -35,6 +37,7 @@ class Job:
     found: Found
     layers: tuple[Layer, ...]
     unseen: dict[str, int]
+    refine: tuple[Refinement, ...] = ()
 
     @property
     def globally(self) -> bool:
@@ -42,17 +45,32 @@ class Job:
         return isinstance(self.pattern, Unstructured) and self.pattern.per == "model"
 
     @property
+    def compares_first(self) -> bool:
+        """Whether all scores are compared in a walk of their own, before the one that changes weights."""
+        return self.globally and (self.method.solves or bool(self.refine))
+
+    @property
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """What the walk that changes weights collects: the method's statistics, unless its mask is known by then, and
+        those of refinements and of the errors that are recorded with them."""
+        method: tuple[type[Statistic], ...] = (
+            () if self.compares_first and not self.method.solves else self.method.needs
+        )
+        needs = dict.fromkeys(method)
+        for one in self.refine:
+            needs |= dict.fromkeys((Gram, *one.needs))
+        return tuple(needs)
+
+    @property
     def needs_data(self) -> bool:
-        return bool(self.method.needs or self.method.gradients or self.allocation.needs)
+        return bool(self.method.needs or self.method.gradients or self.allocation.needs or self.needs)
 
     def check_data(self, data: Data | None) -> Data:
         """`data` itself; an error when there is none."""
         if data is None:
-            who = (
-                self.method.name()
-                if self.method.needs or self.method.gradients
-                else f"the {self.allocation.name()} allocation"
-            )
+            who = f"the {self.allocation.name()} allocation" if self.allocation.needs else ""
+            reads = self.method.needs or self.method.gradients
+            who = self.method.name() if reads else who or self.refine[0].name()
             raise UsageError(f"{who} needs calibration data: pass ids, or name a text with --calibration")
         return data
 
@@ -68,6 +86,7 @@ def check_job(
     include: Sequence[str] = ("all",),
     exclude: Sequence[str] = (),
     uncalled: Uncalled = "dense",
+    refine: Sequence[Refinement] = (),
 ) -> Job:
     """Everything that can be refused before anything is touched."""
     allocation = allocation or Uniform()
@@ -84,13 +103,18 @@ def check_job(
                 f"the pattern {pattern} fixes every layer's sparsity; the {allocation.name()} allocation cannot"
             )
         sparsity = pattern.sparsity
+    for one in refine:
+        if not isinstance(one, Refinement):
+            raise InvalidParameter("refine", "prune", "a sequence of refinements, as (Swap(), Refit())", one)
+        one.check(pattern)
     found = find(model)
     layers, unseen = select(found, include, exclude)
     check_untied(model, layers)
     for layer in layers:
         pattern.check(layer.shape[1], layer.name)
     job = Job(
-        method, pattern, sparsity, allocation, schedule or "sequential", uncalled, found, tuple(layers), unseen
+        method, pattern, sparsity, allocation, schedule or "sequential", uncalled, found, tuple(layers), unseen,
+        tuple(refine),
     )  # fmt: skip
     if job.schedule not in SCHEDULES:
         raise UnknownName("schedule", job.schedule, SCHEDULES)
@@ -100,12 +124,12 @@ def check_job(
                 f"per model, the scores decide each layer's sparsity; the {allocation.name()} allocation cannot"
             )
         check_sparsity(sparsity if sparsity is not None else float("nan"))
-        if method.needs and not method.solves and schedule not in (None, "oneshot"):
+        if method.needs and not job.compares_first and schedule not in (None, "oneshot"):
             raise UsageError(
                 f"per model, all scores are compared at once, so they come from one dense pass: "
                 f"use the oneshot schedule, not {schedule}"
             )
-        if not method.solves:
+        if not job.compares_first:
             job = replace(job, schedule="oneshot")
     elif sparsity is None or not allocation.needs:
         allocation.allocate(layers, sparsity, {})  # says what is missing, and which pattern fits nowhere
@@ -119,7 +143,7 @@ def coverage_of(job: Job, scouted: Scouted | None) -> Coverage:
         LowCoverage: under 90 %.
     """
     silent_layers = scouted.uncalled if scouted else []
-    missed = sum(layer.weight.numel() for layer in silent_layers) if job.uncalled == "dense" else 0
+    missed = sum(layer.weight.numel() for layer in silent_layers) if job.uncalled == "dense" and job.method.needs else 0
     seen = sum(layer.weight.numel() for layer in job.layers)
     share = (seen - missed) / (seen + sum(job.unseen.values()))
     coverage = Coverage(share, dict(job.unseen), tuple(layer.name for layer in silent_layers))

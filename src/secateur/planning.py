@@ -16,10 +16,13 @@ from secateur.gradients import collect_gradients
 from secateur.inputs import Data, batches_of
 from secateur.job import Job, Uncalled, check_job, coverage_of
 from secateur.masks import NM, Pattern
-from secateur.methods import LayerView, Method
+from secateur.methods import Method
+from secateur.models.layers import Layer
+from secateur.refinements import Refinement
 from secateur.result import Coverage
 from secateur.scout import Batch, Scouted, scout
-from secateur.statistics import Bundle
+from secateur.statistics import Bundle, Gradient
+from secateur.view import LayerView, widened
 from secateur.walk import Arrival, Schedule, evaluating, walk
 
 
@@ -41,6 +44,7 @@ class Plan:
     tokens: int
     estimated_seconds: float
     estimated_memory_bytes: int
+    refine: tuple[dict[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -60,6 +64,7 @@ def plan(
     exclude: Sequence[str] = (),
     batch_size: int = 1,
     uncalled: Uncalled = "dense",
+    refine: Sequence[Refinement] = (),
 ) -> Plan:
     """Check a request and estimate its cost; the model is not changed.
 
@@ -79,7 +84,7 @@ def plan(
     """
     job = check_job(
         model, method, sparsity=sparsity, pattern=pattern, allocation=allocation, schedule=schedule,
-        include=include, exclude=exclude, uncalled=uncalled,
+        include=include, exclude=exclude, uncalled=uncalled, refine=refine,
     )  # fmt: skip
     if isinstance(calibration, tuple):
         calibration = torch.zeros(calibration, dtype=torch.long)
@@ -105,14 +110,15 @@ def plan(
         tokens=tokens,
         estimated_seconds=seconds,
         estimated_memory_bytes=_memory(model, job, tokens),
+        refine=tuple({"name": one.name(), **asdict(one)} for one in job.refine),
     )
 
 
 def _passes(job: Job, scouted: Scouted | None) -> int:
     passes = 1 if job.allocation.needs else 0
-    if job.method.needs:
+    passes += job.compares_first and bool(job.method.needs)
+    if job.needs:
         passes += 2 if job.schedule == "block" else 1
-        passes += job.globally and job.method.solves  # the scores that share the sparsity out
         if scouted and job.schedule != "oneshot":  # a weight with several places is seen at all of them first
             passes += any(calls > 1 for calls in scouted.calls.values())
     return passes
@@ -123,30 +129,34 @@ def _seconds(model: nn.Module, job: Job, batches: Sequence[Batch], passes: int) 
     first = [layer for layer in job.layers if layer.block == job.layers[0].block]
     scale = sum(x.weight.numel() for x in job.layers) / sum(x.weight.numel() for x in first)
     select = 0.0
+    gradients: dict[Layer, Gradient] = {}
 
     def time_selection(arrivals: list[Arrival]) -> None:
         nonlocal select
         for arrival in arrivals:
-            weight = arrival.layer.weight
-            wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+            assert isinstance(arrival.seen, Bundle)
+            dense = widened(arrival.layer.weight, copy=True)
+            view = LayerView(arrival.layer.name, dense.clone(), arrival.seen, gradients.get(arrival.layer))
             started = time.perf_counter()
             pattern = job.method.native if job.globally else job.pattern
             target = pattern.sparsity if isinstance(pattern, NM) else job.sparsity or 0.5
-            assert isinstance(arrival.seen, Bundle)
-            view = LayerView(arrival.layer.name, wide, arrival.seen, gradients.get(arrival.layer))
-            job.method.prune_layer(view, pattern, target)
+            keep = job.method.prune_layer(view, pattern, target)
+            for refinement in job.refine:
+                keep = refinement.refine(view, dense, keep, pattern).keep
             select += time.perf_counter() - started
 
     if not batches:
         return 0.0
-    backward, gradients = 0.0, {}
+    backward = 0.0
     if job.method.gradients:
         started = time.perf_counter()
         one = {name: value[:1] for name, value in batches[0].items()}
-        gradients = collect_gradients(model, [one], first, job.method.gradients, blocks=job.found.blocks.values())
+        found = collect_gradients(model, [one], first, job.method.gradients, blocks=job.found.blocks.values())
+        gradients.update(found)
         backward = (time.perf_counter() - started) * sum(len(next(iter(batch.values()))) for batch in batches)
+    needs = tuple(dict.fromkeys((*job.method.needs, *job.needs)))
     timed = walk(
-        model, batches[:1], first, blocks=job.found.blocks, collector=lambda: Bundle(job.method.needs),
+        model, batches[:1], first, blocks=job.found.blocks, collector=lambda: Bundle(needs),
         visit=time_selection, schedule="oneshot",
     )  # fmt: skip
     reading = passes * len(batches) * (timed.forward_seconds + scale * timed.collect_seconds)
@@ -159,13 +169,13 @@ def _memory(model: nn.Module, job: Job, tokens: int) -> int:
     width = min(layer.shape[1] for layer in job.layers)
     held = {"sequential": 5, "block": 2, "oneshot": 0}[job.schedule]
     activations = held * tokens * width * job.layers[0].weight.element_size()
-    sizes = [sum(kind.bytes_for(layer.shape[1]) for kind in job.method.needs) for layer in job.layers]
+    sizes = [sum(kind.bytes_for(layer.shape[1]) for kind in job.needs) for layer in job.layers]
     statistics = max(sizes, default=0) if job.schedule == "sequential" else sum(sizes)
     if job.schedule == "block":
         statistics = max(
             sum(s for s, x in zip(sizes, job.layers, strict=True) if x.block == b) for b in job.found.blocks
         )
-    work = 3 * 4 * max(layer.weight.numel() for layer in job.layers)
+    work = (6 if job.refine else 3) * 4 * max(layer.weight.numel() for layer in job.layers)
     if job.method.gradients:  # their sums
         work += 4 * sum(layer.weight.numel() for layer in job.layers)
     return weights + activations + statistics + work

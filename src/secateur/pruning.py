@@ -13,18 +13,20 @@ from torch import Tensor, nn
 from secateur.allocation import Allocation
 from secateur.data.calibration import Calibration
 from secateur.errors import NumericalFailure
-from secateur.gradients import Gradient, collect_gradients
+from secateur.gradients import collect_gradients
 from secateur.inputs import Data, batches_of
 from secateur.job import Job, Uncalled, check_job, coverage_of
 from secateur.masks import Pattern, Unstructured, keep_model, zero_dropped_
 from secateur.memory import peak_memory
-from secateur.methods import LayerView, Method
+from secateur.methods import Method
 from secateur.methods.magnitude import Magnitude
 from secateur.models.layers import Layer
 from secateur.progress import Progress, silent
-from secateur.result import PrunedLayer, PruneResult
+from secateur.refinements import Refinement
+from secateur.result import OutputError, PrunedLayer, PruneResult
 from secateur.scout import Batch, scout
-from secateur.statistics import Bundle, SecondMoment, Statistic
+from secateur.statistics import Bundle, Gradient, Gram, SecondMoment, Statistic
+from secateur.view import LayerView, widened
 from secateur.walk import Arrival, Schedule, Walked, evaluating, walk
 
 
@@ -41,6 +43,7 @@ def prune(
     exclude: Sequence[str] = (),
     batch_size: int = 1,
     uncalled: Uncalled = "dense",
+    refine: Sequence[Refinement] = (),
     progress: Progress = silent,
 ) -> PruneResult:
     """Prune a model in place.
@@ -57,6 +60,7 @@ def prune(
         include, exclude: kinds of layers or patterns over their names.
         batch_size: sequences that run together.
         uncalled: what to do with a layer whose weight is used without a call.
+        refine: what improves each layer after the method, in this order, for example `(Swap(), Refit())`.
         progress: told how far the walk is.
 
     Returns:
@@ -76,7 +80,7 @@ def prune(
     """
     job = check_job(
         model, method, sparsity=sparsity, pattern=pattern, allocation=allocation, schedule=schedule,
-        include=include, exclude=exclude, uncalled=uncalled,
+        include=include, exclude=exclude, uncalled=uncalled, refine=refine,
     )  # fmt: skip
     batches: list[Batch] = []
     if job.needs_data:
@@ -106,6 +110,7 @@ def prune(
         device=str(weight.device),
         dtype=str(weight.dtype).removeprefix("torch."),
         warnings=tuple(run.warnings),
+        refine=tuple({"name": one.name(), **asdict(one)} for one in job.refine),
     )
 
 
@@ -120,6 +125,8 @@ class _Run:
         self.seconds = {"forward": 0.0, "collect": 0.0, "select": 0.0}
         self.targets: dict[Layer, float] = {}
         self.gradients: dict[Layer, Gradient] = {}
+        self.keeps: dict[Layer, Tensor] = {}  # known before the walk that changes weights
+        self.unrefined: list[str] = []
 
     def all(self) -> None:
         job = self.job
@@ -137,10 +144,12 @@ class _Run:
             self._prune_all()
         order = {layer.name: layer.order for layer in job.layers}
         self.records.sort(key=lambda record: order[record.name])
+        if self.unrefined:
+            self.warnings.append(f"not refined, since no input of theirs was seen: {', '.join(self.unrefined)}")
 
     def _prune_all(self) -> None:
         job = self.job
-        if not job.method.needs:
+        if not job.needs:
             started = time.perf_counter()
             for i, layer in enumerate(job.layers):
                 if layer.routed and layer in self.gradients and not self.gradients[layer].seen:
@@ -150,7 +159,7 @@ class _Run:
                 self.progress(i + 1, len(job.layers), layer.name)
             self.seconds["select"] += time.perf_counter() - started
             return
-        walked = self._walk(job.method.needs, self._visit, job.schedule)
+        walked = self._walk(job.needs, self._visit, job.schedule)
         for layer in walked.unvisited:
             self._without_tokens(layer)
 
@@ -162,33 +171,63 @@ class _Run:
     def _prune(self, layer: Layer, seen: Bundle | None, method: Method | None = None) -> None:
         method = method or self.job.method
         view = self._view(layer, seen)
-        keep = method.prune_layer(view, self._pattern(), self.targets[layer])
-        if method.solves and not torch.isfinite(view.weight.sum()):
-            raise NumericalFailure(f"{method.name()} made weights of {layer.name} that are not finite numbers")
-        self._write(layer, view.weight, keep, seen)
+        if layer in self.keeps:
+            keep = self.keeps.pop(layer)
+            zero_dropped_(view.weight, keep)
+        else:
+            if seen is not None and self.job.compares_first and not method.solves:
+                method = Magnitude()
+                self.warnings.append(f"{layer.name}: no token reached it in the dense model; pruned by magnitude")
+            keep = method.prune_layer(view, self._pattern(), self.targets[layer])
+        error = None
+        if self.job.refine and seen is None:
+            self.unrefined.append(layer.name)
+        elif self.job.refine:
+            keep, error = self._refine(layer, view, keep)
+        if (method.solves or error) and not torch.isfinite(view.weight.sum()):
+            whose = " + ".join((method.name(), *(one.name() for one in self.job.refine)))
+            raise NumericalFailure(f"{whose} made weights of {layer.name} that are not finite numbers")
+        self._write(layer, view.weight, keep, seen, error)
         self.warnings.extend(view.warnings)
+
+    def _refine(self, layer: Layer, view: LayerView, keep: Tensor) -> tuple[Tensor, OutputError]:
+        started = time.perf_counter()
+        dense, errors = widened(layer.weight), []
+        for refinement in self.job.refine:
+            refined = refinement.refine(view, dense, keep, self._pattern())
+            keep = refined.keep
+            errors += [refined.before, refined.after]
+        whole = view[Gram].output_power(dense) or 1.0
+        taken = time.perf_counter() - started
+        self.seconds["refine"] = self.seconds.get("refine", 0.0) + taken
+        self.seconds["select"] -= taken  # it is part of the visits
+        before, after = (float(error.sum(dtype=torch.float64)) / whole for error in (errors[0], errors[-1]))
+        return keep, OutputError(before, after)
 
     def _pattern(self) -> Pattern:
         return Unstructured("layer") if self.job.globally else self.job.pattern
 
     def _view(self, layer: Layer, seen: Bundle | None) -> LayerView:
-        weight = layer.weight
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32)).contiguous()
+        wide = widened(layer.weight, copy=bool(self.job.refine))
         return LayerView(layer.name, wide, seen or Bundle(), self.gradients.get(layer))
 
-    def _write(self, layer: Layer, weight: Tensor, keep: Tensor, seen: Bundle | None) -> None:
-        target = layer.weight
-        if target.data_ptr() != weight.data_ptr():
-            target.copy_(weight)
+    def _write(
+        self, layer: Layer, weight: Tensor, keep: Tensor, seen: Bundle | None, error: OutputError | None = None
+    ) -> None:
+        if layer.weight.data_ptr() != weight.data_ptr():
+            layer.weight.copy_(weight)
         sparsity = 1 - int(keep.count_nonzero()) / keep.numel()
         tokens = None if seen is None else seen.tokens
+        target = self.targets[layer]
         self.records.append(
-            PrunedLayer(layer.name, layer.block, layer.kind, layer.shape, self.targets[layer], sparsity, tokens)
+            PrunedLayer(layer.name, layer.block, layer.kind, layer.shape, target, sparsity, tokens, error)
         )
 
     def _without_tokens(self, layer: Layer) -> None:
         """No input was seen: by magnitude, or left dense as the user chose."""
-        if layer.routed:
+        if layer in self.keeps or not self.job.method.needs:
+            pass  # the method can do without
+        elif layer.routed:
             self.warnings.append(f"{layer.name}: no calibration token reached this expert; pruned by magnitude")
         elif self.job.uncalled == "magnitude":
             self.warnings.append(f"{layer.name}: its weight is used without a call; pruned by magnitude")
@@ -225,6 +264,9 @@ class _Run:
         self.targets |= dict.fromkeys(left, job.sparsity)
         if job.method.solves:
             return  # each layer's share is known now; the solver chooses inside the layer
+        if job.refine:
+            self.keeps = keeps
+            return
         for layer, keep in keeps.items():
             self._write(layer, zero_dropped_(self._view(layer, None).weight, keep), keep, seen.get(layer))
         for layer in left:

@@ -10,6 +10,14 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class OutputError:
+    """E|(W - W0) x|^2 / E|W0 x|^2 of a layer over its calibration inputs x, W0 dense; before and after refinement."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class PrunedLayer:
     """One layer after the cut. `sparsity` is the share of its weights removed, `tokens` what it saw (None: no data)."""
 
@@ -20,6 +28,7 @@ class PrunedLayer:
     target: float
     sparsity: float
     tokens: int | None
+    output_error: OutputError | None = None  # only of refined layers
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class PruneResult:
     device: str
     dtype: str
     warnings: tuple[str, ...]
+    refine: tuple[dict[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -8,13 +8,15 @@ vectors in fp64.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Self, TypeVar
+from dataclasses import dataclass
+from typing import Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from secateur.factor import InverseFactor
 
+Norm = Literal["l1", "l2"]
 S = TypeVar("S", bound="Statistic")
 _BLOCK = 256  # inputs whose products with all later ones are taken at once
 
@@ -124,6 +126,16 @@ class Gram(Statistic):
         upper = self._sum.triu()
         return upper.add_(upper.triu(1).t()).div_(self.tokens)
 
+    def output_power(self, weight: Tensor) -> float:
+        """E[|W x|^2], the mean square of the outputs that W: (out, in) gives, summed over the outputs.
+
+        >>> gram = Gram()
+        >>> gram.update(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+        >>> gram.output_power(torch.tensor([[1.0, 1.0]]))
+        9.0
+        """
+        return float(torch.linalg.vecdot(weight @ self.mean, weight).sum(dtype=torch.float64))
+
     @staticmethod
     def bytes_for(width: int) -> int:
         return 4 * width * width
@@ -152,3 +164,32 @@ class Bundle:
         statistic = self._statistics[kind]
         assert isinstance(statistic, kind)
         return statistic
+
+
+@dataclass
+class Gradient:
+    """The gradients of one layer over all sequences. `sum`: (out, in) fp32, of |g| (l1) or of g^2 (l2).
+
+    >>> Gradient("l2", 2, torch.tensor([[8.0]])).mean
+    tensor([[2.]])
+    """
+
+    norm: Norm
+    samples: int
+    sum: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """(out, in): mean of |g|, or the root mean square of g. Does not grow with the number of samples."""
+        mean = self.sum / max(self.samples, 1)
+        return mean if self.norm == "l1" else mean.sqrt()
+
+    @property
+    def total(self) -> Tensor:
+        """(out, in): sum of |g|, or the root of the sum of g^2, as GBLM's released code has it."""
+        return self.sum if self.norm == "l1" else self.sum.sqrt()
+
+    @property
+    def seen(self) -> bool:
+        """Whether any sequence reached the layer."""
+        return bool(self.sum.any())

@@ -7,46 +7,22 @@ its class under the entry-point group `secateur.methods`.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
 from typing import ClassVar
 
 from torch import Tensor
 
-from secateur.errors import UnknownName, UsageError
-from secateur.gradients import Gradient, GradientRequest
+from secateur.errors import UsageError
+from secateur.gradients import GradientRequest
 from secateur.masks import Pattern, Unstructured, zero_dropped_
-from secateur.statistics import Bundle, S, Statistic
-
-
-@dataclass
-class LayerView:
-    """A layer as a method sees it.
-
-    `weight` is (out, in) in fp32 (fp64 for fp64 models), free to be changed. `view[Gram]` gives a statistic of
-    the layer's inputs, `gradient` is there for methods that ask for it. `warn` records what the user should know.
-    """
-
-    name: str
-    weight: Tensor
-    statistics: Bundle = field(default_factory=Bundle)
-    gradient: Gradient | None = None
-    warnings: list[str] = field(default_factory=list)
-
-    def __getitem__(self, kind: type[S]) -> S:
-        return self.statistics[kind]
-
-    def warn(self, text: str) -> None:
-        """Put `text` into the result, with the layer's name."""
-        self.warnings.append(f"{self.name}: {text}")
+from secateur.registry import Named, find_kinds, make_kind
+from secateur.statistics import Statistic
+from secateur.view import LayerView as LayerView  # methods take it from here
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Named):
     """The contract. Override exactly one of `score` and `prune_layer`; a solver may give a `score` besides,
     which then ranks weights across layers for per="model"."""
 
@@ -78,17 +54,6 @@ class Method:
         """Whether the method changes the weights it keeps."""
         return type(self).prune_layer is not Method.prune_layer
 
-    @classmethod
-    def name(cls) -> str:
-        """The name of the file, or of the entry point's last module."""
-        return cls.__module__.rpartition(".")[2]
-
-    @classmethod
-    def summary(cls) -> str:
-        """The first line of the file's docstring, after the name."""
-        first = (sys.modules[cls.__module__].__doc__ or cls.__name__).strip().splitlines()[0]
-        return first.partition(": ")[2] or first
-
 
 @cache
 def find_methods() -> dict[str, type[Method]]:
@@ -97,17 +62,7 @@ def find_methods() -> dict[str, type[Method]]:
     >>> sorted(find_methods())
     ['gblm', 'gradient', 'magnitude', 'ria', 'sparsegpt', 'wanda']
     """
-    found: dict[str, type[Method]] = {}
-    for info in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{info.name}")
-        for item in vars(module).values():
-            if isinstance(item, type) and issubclass(item, Method) and item.__module__ == module.__name__:
-                found[info.name] = item
-    for point in entry_points(group="secateur.methods"):
-        if point.name in found:
-            raise UsageError(f"{point.value} registers the method '{point.name}', which exists already")
-        found[point.name] = point.load()
-    return found
+    return find_kinds(__name__, __path__, Method, "method")
 
 
 def make_method(name: str, **options: object) -> Method:
@@ -116,11 +71,4 @@ def make_method(name: str, **options: object) -> Method:
     >>> make_method("wanda", variant=True)
     Wanda(variant=True)
     """
-    methods = find_methods()
-    if name not in methods:
-        raise UnknownName("method", name, methods)
-    known = methods[name].__dataclass_fields__
-    for option in options:
-        if option not in known:
-            raise UnknownName(f"option of {name}", option, known)
-    return methods[name](**options)
+    return make_kind(find_methods(), "method", name, options)

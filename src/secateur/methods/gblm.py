@@ -20,9 +20,9 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from secateur.errors import InvalidParameter
-from secateur.gradients import Checkpointing, GradientRequest, Norm
+from secateur.gradients import Checkpointing, GradientRequest
 from secateur.methods import LayerView, Method
-from secateur.statistics import SecondMoment
+from secateur.statistics import Norm, SecondMoment
 
 Reduction = Literal["mean", "sum"]
 
@@ -38,7 +38,7 @@ class GBLM(Method):
         checkpointing: auto, always or never: run each block again in the backward pass, to hold less at once.
 
     >>> import torch
-    >>> from secateur.gradients import Gradient
+    >>> from secateur.statistics import Gradient
     >>> from secateur.statistics import Bundle
     >>> inputs = Bundle(GBLM.needs)
     >>> inputs.update(torch.tensor([[1.0, 2.0]]))

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from secateur.gradients import Checkpointing, GradientRequest, Norm
+from secateur.gradients import Checkpointing, GradientRequest
 from secateur.methods import LayerView, Method
+from secateur.statistics import Norm
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class GradientOnly(Method):
         checkpointing: auto, always or never: run each block again in the backward pass, to hold less at once.
 
     >>> import torch
-    >>> from secateur.gradients import Gradient
+    >>> from secateur.statistics import Gradient
     >>> seen = Gradient("l1", 2, torch.tensor([[2.0, 8.0]]))
     >>> GradientOnly().score(LayerView("q", torch.tensor([[-3.0, 1.0]]), gradient=seen))
     tensor([[3., 4.]])

@@ -1,0 +1,95 @@
+"""refit: other values for the kept weights, by least squares on the layer's outputs; the mask stays.
+
+For every row on its own, minimise over the kept entries of w (the dropped ones are 0):
+
+    (w - w0)^T H (w - w0)        H = X^T X / tokens + damping * mean(diag) * I
+
+W0: (out, in) dense weight.  X: (tokens, in) inputs.  The optimum is w_S = (H_SS)^-1 (H w0)_S, S the kept inputs.
+Conjugate gradients on the kept entries, all rows of a layer at once, in coordinates in which H has a unit diagonal
+(Jacobi's preconditioner), from the weights that the method left: one product (out, in) x (in, in) an iteration, and the
+error falls with every one (Hestenes and Stiefel 1952; section 9.2 of Saad 2003 for the preconditioner).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.errors import InvalidParameter
+from secateur.masks import Pattern
+from secateur.refinements import Refined, Refinement
+from secateur.statistics import Gram
+from secateur.view import LayerView
+
+_ROWS = 512  # solved at once: a few arrays of this many rows stay near the processor
+
+
+@dataclass(frozen=True)
+class Refit(Refinement):
+    """Masked least squares.
+
+    Attributes:
+        iterations: at most this many steps.
+        damping: share of the mean diagonal of H that is added to it: pulls the weights towards the dense ones.
+        tolerance: a row stops once its residual is this share of the first; 0 makes every step.
+    """
+
+    iterations: int = 12
+    damping: float = 0.0
+    tolerance: float = 1e-3
+
+    source = "Hestenes and Stiefel 1952, J. Res. NBS 49; the idea in ALPS, Meng et al. 2024, arXiv:2406.07831"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.iterations, int) or self.iterations < 1:
+            raise InvalidParameter("iterations", "refit", "a whole number >= 1", self.iterations)
+        for name in ("damping", "tolerance"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InvalidParameter(name, "refit", "a finite number >= 0", getattr(self, name))
+
+    def refine(self, layer: LayerView, dense: Tensor, keep: Tensor, pattern: Pattern) -> Refined:
+        h = layer[Gram].mean
+        diagonal = h.diagonal()
+        ridge = self.damping * diagonal.mean()
+        unit = (diagonal + ridge).sqrt()
+        unit = unit.where(unit > 0, 1.0)  # a dead input has no say in the error: its weights stay
+        diagonal.add_(ridge)
+        h.div_(unit).div_(unit[:, None])
+        ridge = ridge / unit.square()
+        errors = []
+        for start in range(0, len(dense), _ROWS):
+            rows = slice(start, start + _ROWS)
+            old = layer.weight[rows]
+            change = (old - dense[rows]).mul_(unit)
+            before, after = self._solve(h, change, keep[rows], ridge)
+            new = change.div_(unit).add_(dense[rows]).mul_(keep[rows])
+            old.copy_(torch.where(after <= before, new, old))
+            errors.append((before[:, 0], torch.minimum(before, after)[:, 0]))
+        return Refined(keep, *map(torch.cat, zip(*errors, strict=True)))
+
+    def _solve(self, h: Tensor, change: Tensor, keep: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+        """Improve `change`, the scaled w - w0, in place; the rows' output errors before and after, (rows, 1)."""
+        product = change @ h
+        before = _dot(change, product) - _dot(change * ridge, change)
+        residual = product.neg().mul_(keep)
+        step = residual.clone()
+        square = _dot(residual, residual)
+        enough = square * self.tolerance**2
+        for _ in range(self.iterations):
+            if bool((square <= enough).all()):
+                break
+            torch.mm(step, h, out=product)
+            curvature = _dot(step, product)
+            length = torch.where((curvature > 0) & (square > enough), square / curvature, 0.0)
+            change.addcmul_(step, length)
+            residual.addcmul_(product.mul_(keep), length, value=-1)
+            previous, square = square, _dot(residual, residual)
+            step.mul_(torch.where(previous > 0, square / previous, 0.0)).add_(residual)
+        torch.mm(change, h, out=product)
+        return before, _dot(change, product) - _dot(change * ridge, change)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """(rows, n), (rows, n) -> (rows, 1)."""
+    dot: Tensor = torch.linalg.vecdot(a, b)
+    return dot[:, None]
