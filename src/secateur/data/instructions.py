@@ -41,7 +41,7 @@ class Instructions:
 
     >>> one = Instructions("one", "test", ((("user", "1 + 1?"), ("assistant", "2")),), "typed here")
     >>> one.counted, one.sha256[:8]
-    ('response', '93c2e0c4')
+    ('response', 'eb86c7f0')
     """
 
     name: str
@@ -94,7 +94,7 @@ def read_instructions(
     ...     _ = file.write_text("".join(json.dumps(row) + chr(10) for row in rows))
     ...     sides = [read_instructions(f"{file}:q,a", split).conversations for split in ("calibration", "test")]
     >>> [len(side) for side in sides], set(sides[0]) & set(sides[1])
-    ([18, 22], set())
+    ([16, 24], set())
     """
     for kind, value, known in (
         ("split", split, SPLITS),

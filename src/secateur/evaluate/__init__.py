@@ -2,10 +2,13 @@
 
 from secateur.evaluate.fidelity import Fidelity, fidelity
 from secateur.evaluate.layers import LayerError, layer_errors
+from secateur.evaluate.measure import measure
 from secateur.evaluate.perplexity import Perplexity, perplexity
 from secateur.evaluate.sparsity import LayerSparsity, Sparsity, sparsity
+from secateur.evaluate.tokens import DensePredictions
 
 __all__ = [
+    "DensePredictions",
     "Fidelity",
     "LayerError",
     "LayerSparsity",
@@ -13,6 +16,7 @@ __all__ = [
     "Sparsity",
     "fidelity",
     "layer_errors",
+    "measure",
     "perplexity",
     "sparsity",
 ]
