@@ -124,6 +124,19 @@ def mean_and_stderr(values: Sequence[Tensor]) -> tuple[float, float | None]:
     return mean, math.sqrt(n / (n - 1) * spread) / tokens
 
 
+def paired(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[float, float | None]:
+    """The mean difference a - b over the same tokens of the same windows, and its standard error.
+
+    What makes a window hard for both is gone from the difference, so that its error is mostly far below those
+    of the two means.
+
+    >>> from torch import tensor
+    >>> paired([tensor([5.0]), tensor([9.0])], [tensor([4.0]), tensor([8.0])])
+    (1.0, 0.0)
+    """
+    return mean_and_stderr([x - y for x, y in zip(a, b, strict=True)])
+
+
 def with_error(value: float, stderr: float | None, digits: int = 2) -> str:
     """A value and its error in one line.
 

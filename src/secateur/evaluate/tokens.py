@@ -104,6 +104,13 @@ class DensePredictions:
         made.reader, made.outputs, made.dense = Reader(dense, sample.ids), {}, dense
         return made
 
+    @classmethod
+    def over(cls, dense: Any, sample: Sample, batch_size: int, progress: Progress = silent) -> DensePredictions:
+        """Over a sample that is cut already."""
+        made = cls.__new__(cls)
+        made._keep(dense, sample, batch_size, progress)
+        return made
+
     def _keep(self, dense: Any, sample: Sample, batch_size: int, progress: Progress) -> None:
         self.sample, self.batch_size, self.dtype = sample, batch_size, dense.dtype
         self.reader = Reader(dense, sample.ids)
