@@ -86,7 +86,10 @@ def test_a_broken_pruning_record_is_a_warning(evaluate, pruned, tmp_path):
     ("words", "said"),
     [
         ("--measures fidelity", "name it with --against DENSE"),
-        ("--measures sparsity --against x", "Only fidelity and generation use --against: leave it out, or add fidelity"),
+        (
+            "--measures sparsity --against x",
+            "Only fidelity and generation use --against: leave it out, or add fidelity",
+        ),
         ("--measures perplexty", "There is no measure 'perplexty'. Did you mean 'perplexity'?"),
         ("--text gutenburg", "There is no text 'gutenburg'. Did you mean 'gutenberg'?"),
         ("--windows 0", "'windows' of evaluate must be a whole number of at least 1. Got 0"),
