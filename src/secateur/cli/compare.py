@@ -60,6 +60,9 @@ class CompareOptions:
         str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(sequential; oneshot with --pattern model)")
     ] = None
     """sequential, block or oneshot: see secateur prune --help."""
+    allocation: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = "uniform"
+    """One sparsity for each layer: a name (see secateur list allocations), or a JSON file
+    {pattern over layer names: sparsity}."""
     batch_size: int = 1
     """Windows in one forward call."""
     dtype: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(the model's own)")] = None
@@ -78,14 +81,24 @@ class CompareOptions:
 
 def run(words: list[str]) -> int:
     """The whole verb; returns the exit code."""
+    from secateur.allocation import ALLOCATIONS, Table
     from secateur.comparison import compare_calibrations
     from secateur.methods import find_methods
 
     methods = find_methods()
-    options = parse(form_with(CompareOptions, methods), words, verb="compare")
-    check_groups(options, words, {"method": methods})
+    allocations = {name: kind for name, kind in ALLOCATIONS.items() if kind is not Table}  # a table is a file
+    options = parse(form_with(CompareOptions, {**methods, **allocations}), words, verb="compare")
+    check_groups(options, words, {"method": methods, "allocation": allocations})
     method = chosen(options, options.method, methods)
-    request = {**amount(options, needed=True), "schedule": options.schedule}
+    if options.allocation in allocations:
+        allocation = chosen(options, options.allocation, allocations)
+    else:
+        allocation = Table.read(options.allocation)
+    request = {
+        **amount(options, needed=not isinstance(allocation, Table)),
+        "allocation": allocation,
+        "schedule": options.schedule,
+    }
     _check(options)
     with ProgressBar() as progress:
         calibrations = [_read(options, name, "calibration", progress) for name in options.calibrations]

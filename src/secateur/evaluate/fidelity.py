@@ -220,10 +220,10 @@ def quantiles(values: Tensor) -> dict[str, float]:
     {'0.5': 3.0, '0.9': 4.6, '0.99': 4.96, 'max': 5.0}
     """
     ordered = values.double().sort().values.tolist()
-    found = {}
+    found: dict[str, float] = {}
     for share in QUANTILES:
         place = share * (len(ordered) - 1)
         below = int(place)
         above = min(below + 1, len(ordered) - 1)
         found[str(share)] = ordered[below] + (place - below) * (ordered[above] - ordered[below])
-    return {**{name: round(value, 12) for name, value in found.items()}, "max": ordered[-1]}
+    return {**found, "max": ordered[-1]}
