@@ -26,9 +26,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from secateur import calibration, fidelity, layer_errors, load, perplexity, prune, read_text, sparsity
+from secateur import DensePredictions, calibration, generation, layer_errors, load, measure, prune, read_text, sparsity
 from secateur.data.calibration import windows
 from secateur.errors import SecateurError
+from secateur.evaluate import continuations
 from secateur.methods import Method, make_method
 from secateur.models.load import resolve
 from secateur.report import page
@@ -131,20 +132,28 @@ def demo(asked: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     few = windows(tokenizer, test, min(256, asked.seqlen), 1).ids
     measured: dict[str, Any] = {"seqlen": asked.seqlen, "windows": asked.windows, "progress": steps}
 
+    kept = steps.run("dense: predictions", lambda: DensePredictions(dense, tokenizer, test, **measured))
+    written = steps.run("dense: going on with some prompts", lambda: continuations(dense, tokenizer, progress=steps))
+
     def result(model: Any, name: str) -> dict[str, Any]:
-        value = steps.run(f"{name}: perplexity", lambda: perplexity(model, tokenizer, test, **measured))
+        value, close = steps.run(
+            f"{name}: perplexity and fidelity", lambda: measure(model, kept, tokenizer, progress=steps)
+        )
         zeros = {k: v for k, v in sparsity(model).to_dict().items() if k != "per_layer"}
-        run = {"prune": None, "evaluate": {"perplexity": value.to_dict(), "fidelity": None, "sparsity": zeros}}
-        return run | {"errors": None, "model": about, "machine": machine()}
+        found = {"perplexity": value.to_dict(), "fidelity": None, "sparsity": zeros, "generation": None}
+        run = {"prune": None, "evaluate": found, "errors": None, "model": about, "machine": machine()}
+        if model is not dense:
+            probes = steps.run(f"{name}: going on with the prompts", lambda: generation(model, written, tokenizer))
+            found["fidelity"], found["generation"] = close.to_dict(), probes.to_dict()
+        return run
 
     def pruned(method: Method) -> dict[str, Any]:
         name, model = method.name(), copy.deepcopy(dense)
         share = {"sparsity": asked.sparsity, "progress": steps}
         cut = steps.run(f"{name}: pruning", lambda: prune(model, method, ids, **share))
         run = result(model, name)
-        close = steps.run(f"{name}: fidelity", lambda: fidelity(model, dense, tokenizer, test, **measured))
         moved = steps.run(f"{name}: errors per layer", lambda: layer_errors(model, dense, few))
-        run["prune"], run["evaluate"]["fidelity"] = cut.to_dict(), close.to_dict()
+        run["prune"] = cut.to_dict()
         run["errors"] = [{"name": layer.name, "relative_error": layer.error} for layer in moved]
         return run
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.divergence import entropy, js_divergence, kl_divergence
+from secateur.divergence import divergences, entropy, js_divergence, kl_divergence
 from secateur.errors import UsageError
 
 INF = math.inf
@@ -147,3 +147,22 @@ def test_wrong_shapes_and_dtypes_are_named() -> None:
         entropy(torch.zeros(2, 5, dtype=torch.long))
     with pytest.raises(UsageError, match=r"q_logits|p_logits"):
         js_divergence(torch.zeros(2, 0), torch.zeros(2, 0))
+
+
+@pytest.mark.parametrize("first, second", [*itertools.product(range(len(ROWS)), repeat=2)])
+def test_both_at_once_agree_with_brute_force(first: int, second: int) -> None:
+    p, q = softmax(ROWS[first]), softmax(ROWS[second])
+    log_p, log_q = (torch.tensor(ROWS[i], dtype=torch.float64).log_softmax(-1) for i in (first, second))
+    js, kl = divergences(log_p, log_q)
+    assert kl.item() == pytest.approx(brute_kl(p, q), rel=1e-9, abs=1e-13)
+    assert js.item() == pytest.approx(brute_js(p, q), rel=1e-9, abs=1e-13)
+
+
+def test_both_at_once_equal_the_single_ones_in_fp32() -> None:
+    a, b = logits(50, 1000, dtype=torch.float32), logits(50, 1000, seed=1, dtype=torch.float32)
+    b[25:] = a[25:] + 0.1 * b[25:]
+    js, kl = divergences(a.log_softmax(-1), b.log_softmax(-1))
+    torch.testing.assert_close(js, js_divergence(a, b), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(kl, kl_divergence(a, b), rtol=1e-5, atol=1e-7)
+    same = divergences(a.log_softmax(-1), a.log_softmax(-1))
+    assert not same[0].any() and not same[1].any()

@@ -93,3 +93,20 @@ def test_the_whole_vocabulary_is_fine() -> None:
 def test_batch_size(bad: object) -> None:
     with pytest.raises(InvalidParameter, match="'batch_size' of prune"):
         batches_of(make("llama"), ids(), bad)  # type: ignore[arg-type]
+
+
+def test_padding_is_masked_and_no_wider_than_its_batch() -> None:
+    mask = torch.arange(16) < torch.tensor([16, 12, 12, 5, 3, 1])[:, None]
+    batches = batches_of(make("llama"), Calibration(ids(), {}, mask), batch_size=2)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 16), (2, 12), (2, 3)]
+    assert batches[0]["attention_mask"].sum(1).tolist() == [16, 12]
+    assert all(
+        torch.equal(b["input_ids"], ids()[2 * i : 2 * i + 2, : b["input_ids"].shape[1]]) for i, b in enumerate(batches)
+    )
+    alone = batches_of(make("llama"), Calibration(ids(), {}, mask))
+    assert [batch.keys() for batch in alone] == [{"input_ids"}] * 6  # nothing is padded
+
+
+def test_two_stacks_do_not_read_conversations() -> None:
+    with pytest.raises(UsageError, match=r"encoder-decoder T5For.*give a plain text"):
+        batches_of(make("t5"), Calibration(ids(), {}, torch.ones_like(ids(), dtype=torch.bool)))

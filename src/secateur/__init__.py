@@ -12,10 +12,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from secateur.allocation import Owl, Table, Uniform
+    from secateur.comparison import compare_calibrations
     from secateur.data.calibration import calibration
+    from secateur.data.instructions import read_instructions
     from secateur.data.text import read_text
     from secateur.errors import SecateurError
-    from secateur.evaluate import fidelity, layer_errors, perplexity, sparsity
+    from secateur.evaluate import (
+        DensePredictions,
+        fidelity,
+        generation,
+        layer_errors,
+        measure,
+        perplexity,
+        sparsity,
+    )
     from secateur.masks import NM, Unstructured
     from secateur.methods import Method, find_methods
     from secateur.methods.magnitude import Magnitude
@@ -32,10 +42,20 @@ __version__ = "0.1.0"
 
 _HOME = {
     "allocation": ("Owl", "Table", "Uniform"),
+    "comparison": ("compare_calibrations",),
     "data.calibration": ("calibration",),
+    "data.instructions": ("read_instructions",),
     "data.text": ("read_text",),
     "errors": ("SecateurError",),
-    "evaluate": ("fidelity", "layer_errors", "perplexity", "sparsity"),
+    "evaluate": (
+        "DensePredictions",
+        "fidelity",
+        "generation",
+        "layer_errors",
+        "measure",
+        "perplexity",
+        "sparsity",
+    ),
     "masks": ("NM", "Unstructured"),
     "methods": ("Method", "find_methods"),
     "methods.magnitude": ("Magnitude",),
@@ -53,6 +73,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "NM",
     "RIA",
+    "DensePredictions",
     "Magnitude",
     "Method",
     "Owl",
@@ -63,14 +84,18 @@ __all__ = [
     "Unstructured",
     "Wanda",
     "calibration",
+    "compare_calibrations",
     "fidelity",
     "find_layers",
     "find_methods",
+    "generation",
     "layer_errors",
     "load",
+    "measure",
     "perplexity",
     "plan",
     "prune",
+    "read_instructions",
     "read_text",
     "save",
     "sparsity",

@@ -47,9 +47,25 @@ def batches_of(model: nn.Module, data: Data, batch_size: int = 1) -> list[Batch]
             f"{embedding.num_embeddings} tokens; were they made with another tokenizer?"
         )
     config: Any = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
+    two_stacks = getattr(config, "is_encoder_decoder", False)
+    if isinstance(data, Calibration) and data.mask is not None:
+        if two_stacks:
+            raise UsageError(
+                f"conversations are calibrated with as one sequence each, which the encoder-decoder "
+                f"{type(model).__name__} does not read: give a plain text"
+            )
+        pairs = zip(ids.split(batch_size), data.mask.split(batch_size), strict=True)
+        return [_masked(part, mask) for part, mask in pairs]
+    if two_stacks:
         return [_two_stacks(config, part) for part in ids.split(batch_size)]
     return [{"input_ids": part} for part in ids.split(batch_size)]
+
+
+def _masked(ids: Tensor, mask: Tensor) -> Batch:
+    """As wide as the longest sequence; without a mask where nothing is padded."""
+    longest = int(mask.sum(1).max())
+    ids, mask = ids[:, :longest], mask[:, :longest]
+    return {"input_ids": ids} if bool(mask.all()) else {"input_ids": ids, "attention_mask": mask.long()}
 
 
 def _ready(data: Any) -> list[Batch]:

@@ -74,6 +74,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="session")
+def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 120 questions with answers, in words that the tokenizer knows."""
+    file, draw = tmp_path_factory.mktemp("talks") / "talk.jsonl", random.Random(1)
+    rows = ({"q": " ".join(draw.choices(WORDS, k=3)), "a": " ".join(draw.choices(WORDS, k=6))} for _ in range(120))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder."""

@@ -86,7 +86,10 @@ def test_a_broken_pruning_record_is_a_warning(evaluate, pruned, tmp_path):
     ("words", "said"),
     [
         ("--measures fidelity", "name it with --against DENSE"),
-        ("--measures sparsity --against x", "Only fidelity uses --against: leave it out, or add fidelity"),
+        (
+            "--measures sparsity --against x",
+            "Only fidelity and generation use --against: leave it out, or add fidelity",
+        ),
         ("--measures perplexty", "There is no measure 'perplexty'. Did you mean 'perplexity'?"),
         ("--text gutenburg", "There is no text 'gutenburg'. Did you mean 'gutenberg'?"),
         ("--windows 0", "'windows' of evaluate must be a whole number of at least 1. Got 0"),
@@ -99,9 +102,46 @@ def test_a_broken_pruning_record_is_a_warning(evaluate, pruned, tmp_path):
         ("--against nowhere/dense", "nowhere/dense"),
         ("--json nowhere/r.json", "the folder nowhere does not exist; make it first"),
         ("--agianst x", "Did you mean '--against'?"),
+        ("--measures generation", "Generation compares with the model before pruning: name it with --against DENSE"),
+        ("--template plian", "There is no template 'plian'. Did you mean 'plain'?"),
+        ("--count al", "There is no count 'al'. Did you mean 'all'?"),
+        ("--count all", "is a plain text, and --count is for conversations"),
+        ("--template plain", "is a plain text, and --template is for conversations"),
+        ("--measures sparsity --count all", "None of these measures reads a text: leave out --template and --count"),
+        ("--text nowhere.jsonl:q,a", "There is no file 'nowhere.jsonl'"),
     ],
 )
 def test_bad_input(evaluate, here, words, said):
     ran = evaluate(*words.split())
     assert ran.code in (1, 2) and said in ran.error and not ran.out
     assert not ran.left
+
+
+def test_of_conversations_the_responses_count(evaluate, dense, talk):
+    words = ("--text", f"{talk}:q,a", "--template", "plain", "--against", dense)
+    ran = evaluate(*words, "--json", "-")
+    assert ran.code == 0, ran.err
+    perplexity, fidelity = ran.record["perplexity"], ran.record["fidelity"]
+    assert perplexity["counted"] == fidelity["counted"] == "response" and fidelity["tokens"] == 20 * 6
+    assert fidelity["js_quantiles"].keys() == {"0.5", "0.9", "0.99", "max"}
+    assert "120 tokens of 20 responses" in evaluate(*words).out
+    every = evaluate(*words, "--count", "all", "--json", "-").record
+    assert every["fidelity"]["tokens"] == 20 * 8 and every["perplexity"]["counted"] == "all"
+
+
+def test_a_model_without_a_chat_template_says_what_to_do(evaluate, talk):
+    ran = evaluate("--text", f"{talk}:q,a")
+    assert ran.code == 2 and "no chat template" in ran.error and "--template plain" in ran.error
+
+
+def test_generation_is_measured_when_asked(evaluate, dense, monkeypatch):
+    monkeypatch.setattr("secateur.data.text.read_text", lambda *a, **k: pytest.fail("read a text"))
+    ran = evaluate("--measures", "generation", "--against", dense, "--json", "-")
+    assert ran.code == 0, ran.err
+    found = ran.record["generation"]
+    assert len(found["probes"]) == 4 and len(found["left_out"]) == 3  # the tokenizer has no chat template
+    assert {"prompt", "chat", "dense", "pruned", "first_difference"} <= found["probes"][0].keys()
+    shown = evaluate("--measures", "generation", "--against", dense).out
+    assert "The capital of France is" in shown and "dense" in shown and "perplexity" not in shown
+    same = evaluate("--measures", "generation", "--against", dense, model=dense).out
+    assert "4 of 4 prompts continued alike" in same and "(the same)" in same

@@ -149,3 +149,26 @@ def test_methods_from_outside_get_their_flags(prune, monkeypatch):
     assert ran.code == 0, ran.err
     assert ran.record["method"]["gain"] == 3.0
     assert "how much louder" in prune("--help").out
+
+
+def test_conversations_calibrate(prune, talk):
+    ran = prune("--sparsity", 0.5, "--template", "plain", "--json", "-", text=f"{talk}:q,a")
+    assert ran.code == 0, ran.err
+    record = ran.record["calibration"]
+    assert record["tokens"] == 8 * 16 and record["conversations"] == 15 and record["template"] == {"name": "plain"}
+    assert not record["shared"] and all(layer["tokens"] == 128 for layer in ran.record["layers"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "words", "said"),
+    [
+        (":q,a", "", "no chat template, which"),
+        (":q,b", "--template plain", "There is no field 'b'. Known: a, q. This is line 1"),
+        (":q,a", "--template plian", "There is no template 'plian'. Did you mean 'plain'?"),
+        (":q", "--template plain", "is a plain text, and --template is for conversations"),
+        (":q,a", "--template plain --samples 900", "conversations of"),
+    ],
+)
+def test_bad_conversations(prune, talk, here, fields, words, said):
+    ran = prune("--sparsity", 0.5, "--out", "pruned", *words.split(), text=f"{talk}{fields}")
+    assert ran.code == 2 and said in ran.error and not ran.left

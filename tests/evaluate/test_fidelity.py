@@ -77,7 +77,7 @@ def test_batch_and_chunk_size_change_rounding_only(tokenizer, text, monkeypatch)
     model = pruned(dense)
     first = fidelity(model, dense, tokenizer, text, seqlen=20)
     for batch_size, elements in ((2, 1), (4, 61 * 4 * 7), (100, 10**9)):
-        monkeypatch.setattr(sys.modules["secateur.evaluate.fidelity"], "CHUNK", elements)
+        monkeypatch.setattr(sys.modules["secateur.evaluate.tokens"], "CHUNK", elements)
         other = fidelity(model, dense, tokenizer, text, seqlen=20, batch_size=batch_size)
         assert other.js_divergence == pytest.approx(first.js_divergence, rel=1e-12)
         assert other.kl_divergence_stderr == pytest.approx(first.kl_divergence_stderr, rel=1e-9)
@@ -144,7 +144,7 @@ def test_progress_reaches_the_end_and_modes_come_back(tokenizer, text) -> None:
 def test_no_full_set_of_logits_is_held(tokenizer, text, monkeypatch) -> None:
     """The largest tensor that a head gives out is one chunk."""
     dense, model = tiny("Llama"), tiny("Llama", seed=1)
-    monkeypatch.setattr(sys.modules["secateur.evaluate.fidelity"], "CHUNK", 61 * 5)
+    monkeypatch.setattr(sys.modules["secateur.evaluate.tokens"], "CHUNK", 61 * 5)
     largest = []
     for m in (dense, model):
         m.lm_head.register_forward_hook(lambda module, inputs, output: largest.append(output.shape[1]))

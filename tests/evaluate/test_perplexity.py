@@ -51,7 +51,7 @@ def test_small_chunks_change_rounding_only(tokenizer, text, monkeypatch) -> None
     model = tiny("Llama").double()
     whole = perplexity(model, tokenizer, text, seqlen=20, batch_size=2)
     for elements in (1, 61 * 2 * 3, 61 * 2 * 19):
-        monkeypatch.setattr(sys.modules["secateur.evaluate.perplexity"], "CHUNK", elements)
+        monkeypatch.setattr(sys.modules["secateur.evaluate.tokens"], "CHUNK", elements)
         chunked = perplexity(model, tokenizer, text, seqlen=20, batch_size=2)
         assert chunked.value == pytest.approx(whole.value, rel=1e-12)
 

@@ -42,6 +42,7 @@ def pruned(name="wanda", *, blocks=4, sparsity=0.5, pattern="unstructured per ro
     evaluate = {
         "perplexity": {"value": perplexity, "stderr": 0.412, **measured()},
         "fidelity": {"js_divergence": 0.0831, "js_divergence_stderr": 0.00066, "kl_divergence": 0.4}
+        | {"js_quantiles": {"0.5": 0.02, "0.9": 0.2, "0.99": 0.3125, "max": 0.6}}
         | {"top1_agreement": 0.652, "top1_agreement_stderr": 0.0037},
         "sparsity": {"layers": sparsity, "model": 0.4},
     }
@@ -107,9 +108,9 @@ def test_a_page_is_complete_and_self_contained():
     assert document.startswith("<!doctype html>")
     assert "3 pruned models. Lowest perplexity: sparsegpt, 28.40 ± 0.41; the dense model has 19.41 ± 0.21." in text
     perplexities = {"magnitude": "275.70 ± 0.41", "wanda": "34.60 ± 0.41", "sparsegpt": "28.40 ± 0.41"}
-    rest = ["0.08310 ± 0.00066", "0.4000", "65.20 ± 0.37 %", "61.3 s", "1.00 GiB"]
+    rest = ["0.08310 ± 0.00066", "0.3125", "0.4000", "65.20 ± 0.37 %", "61.3 s", "1.00 GiB"]
     assert rows(document) == [
-        ["dense", DASH, DASH, DASH, "19.41 ± 0.21", *[DASH] * 5],
+        ["dense", DASH, DASH, DASH, "19.41 ± 0.21", *[DASH] * 6],
         *([name, "unstructured per row", "50 %", "40 %", value, *rest] for name, value in perplexities.items()),
     ]
     for known in (
@@ -166,7 +167,7 @@ def test_a_missing_measure_is_a_dash(value):
     run["evaluate"] = {"perplexity": {"value": value, "stderr": value}, "fidelity": None}
     run["prune"] |= {"seconds": {"total": value}, "peak_memory_bytes": value, "sparsity": {"layers": value}}
     document = page([run], title="x")
-    assert rows(document) == [["wanda", "unstructured per row", *[DASH] * 8]]
+    assert rows(document) == [["wanda", "unstructured per row", *[DASH] * 9]]
     assert not re.search(r"\b(nan|none)\b", check(document).split("}\n")[-1].lower())
 
 
@@ -310,3 +311,37 @@ def test_places_in_a_panel_and_on_a_row():
     assert heights == [68.0, 8.0]  # of 120 from 8 to 128: the middle and the top
     row = dots([("a", 10.0, 1.0, "10 ± 1", 0)], Axis(0.0, 20.0))
     assert 'x1="40.40%" x2="59.60%"' in row  # two standard errors either way of the middle
+
+
+def probes(pruned_text="Paris, the city.", first=3, prompt="The capital", chat=False):
+    probe = {"prompt": prompt, "chat": chat, "dense": "Paris, the capital.", "pruned": pruned_text}
+    return {"tokens": 48, "probes": [probe | {"first_difference": first, "dense_tokens": 5, "pruned_tokens": 5}]}
+
+
+def with_probes(name, **changed):
+    run = pruned(name)
+    return run | {"evaluate": run["evaluate"] | {"generation": probes(**changed)}}
+
+
+def test_probes_stand_side_by_side_under_one_prompt():
+    runs = [dense(), with_probes("wanda"), with_probes("ria", pruned_text="Paris, the capital.", first=None)]
+    document = page(runs, title="x")
+    text = check(document)
+    assert document.count("What the models write") == 1 and document.count('<div class="probe">') == 1
+    assert '<span class="same">Paris, the c</span>ity.' in document  # the dense text goes on with "apital"
+    assert "differs after 3 tokens" in text and "the same as the dense model" in text
+    assert '<span class="same">Paris, the capital.</span>' in document
+    assert "At most 48 tokens each" in text and "through the chat template" not in text
+    assert "through the chat template" in check(page([with_probes("wanda", chat=True)], title="x"))
+
+
+def test_without_probes_there_is_no_such_section():
+    assert "What the models write" not in page([dense(), pruned()], title="x")
+    assert "What the models write" not in page([pruned() | {"evaluate": {"generation": {"probes": []}}}], title="x")
+
+
+def test_probes_are_escaped_and_clipped():
+    document = page([with_probes("wanda", pruned_text=EVIL * 200, prompt=EVIL)], title="x")
+    check(document)
+    assert "<script" not in document and html.escape(EVIL) in document and "…" in document
+    assert "<i>nothing</i>" in page([with_probes("wanda", pruned_text="", first=0)], title="x")

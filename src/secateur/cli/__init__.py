@@ -26,6 +26,7 @@ from secateur.errors import SecateurError, UnknownName
 VERBS = {  # verb: (module of this folder, one line)
     "prune": ("prune", "remove weights from a model and save it"),
     "evaluate": ("evaluate", "perplexity, fidelity to the dense model, sparsity"),
+    "compare": ("compare", "which text to calibrate with: several, all else equal"),
     "list": ("listing", "methods, patterns, allocations, texts and models, with their sources"),
 }
 

@@ -14,16 +14,18 @@ import tyro
 from secateur.cli.options import choose, parse
 from secateur.cli.output import STDOUT, check_json, print_table, provenance, warn, write_json
 from secateur.cli.progress_bar import ProgressBar, duration
-from secateur.cli.request import Opened, check_count, check_device, check_dtype, open_model
+from secateur.cli.request import Opened, check_count, check_device, check_dtype, check_template, open_model
 from secateur.errors import UsageError
 
-MEASURES = ("perplexity", "fidelity", "sparsity")
+MEASURES = ("perplexity", "fidelity", "sparsity", "generation")
+_USUAL = ("perplexity", "fidelity", "sparsity")
+_COMPARE = {"fidelity": "Fidelity compares", "generation": "Generation compares"}
 _NEEDS_TEXT = ("perplexity", "fidelity")
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure a model: perplexity on a text, fidelity to the dense model, sparsity.
+    """Measure a model: perplexity on a text, fidelity to the dense model, sparsity, what it writes.
 
     secateur evaluate pruned/ --against smollm2 --text gutenberg
     """
@@ -31,15 +33,19 @@ class EvaluateOptions:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder, a hub id, a .gguf file, or a built-in name: see secateur list models."""
     against: Annotated[str | None, tyro.conf.arg(metavar="DENSE", help_behavior_hint="")] = None
-    """The model before pruning, for fidelity. Both are held in memory."""
+    """The model before pruning, for fidelity and generation. Both are held in memory."""
     text: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "gutenberg"
     """What to read, its test part: a name (see secateur list texts) or a file, .txt, .parquet, or .jsonl as
-    FILE:FIELD."""
+    FILE:FIELD; for conversations FILE.jsonl:PROMPT,RESPONSE, half of which are for testing."""
+    template: Annotated[str | None, tyro.conf.arg(metavar="chat|plain", help_behavior_hint="(chat)")] = None
+    """How conversations are written: chat, as the model's own chat template does, or plain."""
+    count: Annotated[str | None, tyro.conf.arg(metavar="response|all", help_behavior_hint="(response)")] = None
+    """Which tokens of conversations count: those of the responses, or all."""
     measures: Annotated[
         tuple[str, ...],
-        tyro.conf.arg(metavar="NAMES", help_behavior_hint="(all; without --against, all but fidelity)"),
+        tyro.conf.arg(metavar="NAMES", help_behavior_hint="(perplexity sparsity; with --against, fidelity too)"),
     ] = ()
-    """Any of perplexity, fidelity and sparsity."""
+    """Any of perplexity, fidelity, sparsity, and generation: what both models write after a few prompts."""
     seqlen: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(2048 or the model's limit)")] = None
     """Tokens in a window."""
     windows: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(the whole text)")] = None
@@ -63,14 +69,16 @@ class EvaluateOptions:
 def run(words: list[str]) -> int:
     """The whole verb; returns the exit code."""
     options = parse(EvaluateOptions, words, verb="evaluate")
-    usual = tuple(m for m in MEASURES if options.against or m != "fidelity")
+    usual = tuple(m for m in _USUAL if options.against or m != "fidelity")
     measures = tuple(dict.fromkeys(options.measures or usual))
     for measure in measures:
         choose("measure", measure, MEASURES)
-    if "fidelity" in measures and options.against is None:
-        raise UsageError("Fidelity compares with the model before pruning: name it with --against DENSE.")
-    if "fidelity" not in measures and options.against is not None:
-        raise UsageError("Only fidelity uses --against: leave it out, or add fidelity to --measures.")
+    compared = [measure for measure in measures if measure in _COMPARE]
+    if compared and options.against is None:
+        raise UsageError(f"{_COMPARE[compared[0]]} with the model before pruning: name it with --against DENSE.")
+    if not compared and options.against is not None:
+        raise UsageError("Only fidelity and generation use --against: leave it out, or add fidelity to --measures.")
+    _check_conversations(options, any(measure in _NEEDS_TEXT for measure in measures))
     check_count("seqlen", options.seqlen, 2, "evaluate")
     check_count("windows", options.windows, 1, "evaluate")
     check_count("batch-size", options.batch_size, 1, "evaluate")
@@ -80,9 +88,10 @@ def run(words: list[str]) -> int:
     text = None
     with ProgressBar() as progress:
         if any(measure in _NEEDS_TEXT for measure in measures):
-            from secateur.data.text import read_text
+            from secateur.data.instructions import read_source
 
-            text = read_text(options.text, "test", progress=progress)
+            how: Any = {"template": options.template, "counted": options.count}
+            text = read_source(options.text, "test", progress=progress, **how)
         results, record = _measure(options, measures, text, progress)
     record |= provenance(words, "evaluate")
     if options.json:
@@ -92,12 +101,21 @@ def run(words: list[str]) -> int:
     return 0
 
 
+def _check_conversations(options: EvaluateOptions, reads: bool) -> None:
+    from secateur.data.instructions import COUNTED
+
+    check_template(options.template)
+    if options.count is not None:
+        choose("count", options.count, COUNTED)
+    if not reads and (options.template or options.count):
+        raise UsageError("None of these measures reads a text: leave out --template and --count.")
+
+
 def _measure(
     options: EvaluateOptions, measures: tuple[str, ...], text: Any, progress: ProgressBar
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    from secateur.evaluate.fidelity import fidelity
-    from secateur.evaluate.perplexity import perplexity
-    from secateur.evaluate.sparsity import sparsity
+    from secateur.evaluate import fidelity, generation, perplexity, sparsity
+    from secateur.evaluate import measure as measure_both
 
     opened = _open(options, options.model, options.revision, progress)
     dense = _open(options, options.against, None, progress) if options.against else None
@@ -109,9 +127,15 @@ def _measure(
     }
     results: dict[str, Any] = {}
     seconds: dict[str, float] = {}
+    both = dense is not None and {"perplexity", "fidelity"} <= set(measures)
     for measure in measures:
         begun = time.perf_counter()
-        if measure == "perplexity":
+        if both and dense is not None and measure in ("perplexity", "fidelity"):  # one pass serves the two
+            if measure not in results:
+                results["perplexity"], results["fidelity"] = measure_both(
+                    opened.model, dense.model, opened.tokenizer, text, dense_tokenizer=dense.tokenizer, **how
+                )
+        elif measure == "perplexity":
             results[measure] = perplexity(opened.model, opened.tokenizer, text, **how)
         elif measure == "fidelity" and dense is not None:
             results[measure] = fidelity(
@@ -119,6 +143,8 @@ def _measure(
             )
         elif measure == "sparsity":
             results[measure] = sparsity(opened.model, progress=progress)
+        elif measure == "generation" and dense is not None:
+            results[measure] = generation(opened.model, dense.model, opened.tokenizer, progress=progress)
         seconds[measure] = time.perf_counter() - begun
     record: dict[str, Any] = {"model": opened.record(), "against": dense.record() if dense else None}
     record |= {measure: result.to_dict() for measure, result in results.items()}
@@ -159,5 +185,13 @@ def _summary(options: EvaluateOptions, results: Mapping[str, Any], record: Mappi
     if options.against:
         rows.append(("against", f"{options.against} ({record['against']['dtype']})"))
     rows += [(measure, str(result)) for measure, result in results.items()]
+    for probe in results["generation"].probes if "generation" in results else ():
+        rows += [("", ""), ("prompt", _line(probe.prompt)), ("  dense", _line(probe.dense))]
+        rows.append(("  pruned", _line(probe.pruned) if probe.first_difference is not None else "(the same)"))
     rows.append(("time", duration(sum(record["seconds"].values()))))
     return rows
+
+
+def _line(text: str) -> str:
+    """On one line of the terminal, with nothing that could steer it."""
+    return "".join(c if c.isprintable() else "⏎" if c == "\n" else " " for c in text)

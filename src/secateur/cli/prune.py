@@ -22,7 +22,7 @@ from secateur.cli.output import (
     write_json,
 )
 from secateur.cli.progress_bar import ProgressBar, duration
-from secateur.cli.request import Opened, check_count, check_device, check_dtype, open_model
+from secateur.cli.request import Opened, check_count, check_device, check_dtype, check_template, open_model
 from secateur.errors import UsageError
 
 _NAME = tyro.conf.arg(metavar="NAME")
@@ -51,7 +51,10 @@ class PruneOptions:
     with, as row: see secateur list patterns."""
     calibration: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "gutenberg"
     """The text that the model reads meanwhile: a name (see secateur list texts) or a file, .txt, .parquet,
-    or .jsonl as FILE:FIELD. Also --text."""
+    or .jsonl as FILE:FIELD; for conversations FILE.jsonl:PROMPT,RESPONSE, half of which are kept for testing.
+    Also --text."""
+    template: Annotated[str | None, tyro.conf.arg(metavar="chat|plain", help_behavior_hint="(chat)")] = None
+    """How conversations are written: chat, as the model's own chat template does, or plain."""
     samples: int = 128
     """How many windows of text. Also --nsamples."""
     seqlen: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(2048 or the model's limit)")] = None
@@ -98,21 +101,22 @@ class PruneOptions:
 def run(words: list[str]) -> int:
     """The whole verb; returns the exit code."""
     from secateur.allocation import ALLOCATIONS, Table
-    from secateur.data.text import read_text
+    from secateur.data.instructions import read_source
     from secateur.methods import find_methods
 
     methods = find_methods()
     allocations = {name: kind for name, kind in ALLOCATIONS.items() if kind is not Table}  # a table is a file
     choices: dict[str, Mapping[str, Any]] = {"method": methods, "allocation": allocations}
-    options = parse(_form({**methods, **allocations}), words, verb="prune", aliases={"--text": "--calibration"})
-    _check_groups(options, words, choices)
-    method = _chosen(options, options.method, methods)
+    form = form_with(PruneOptions, {**methods, **allocations})
+    options = parse(form, words, verb="prune", aliases={"--text": "--calibration"})
+    check_groups(options, words, choices)
+    method = chosen(options, options.method, methods)
     if options.allocation in allocations:
-        allocation = _chosen(options, options.allocation, allocations)
+        allocation = chosen(options, options.allocation, allocations)
     else:
         allocation = Table.read(options.allocation)
     request = {
-        **_amount(options, needed=not isinstance(allocation, Table)),
+        **amount(options, needed=not isinstance(allocation, Table)),
         "allocation": allocation,
         "schedule": options.schedule,
         "include": options.include,
@@ -124,7 +128,7 @@ def run(words: list[str]) -> int:
     with ProgressBar() as progress:
         text = None
         if method.needs or allocation.needs:
-            text = read_text(options.calibration, "calibration", progress=progress)
+            text = read_source(options.calibration, "calibration", template=options.template, progress=progress)
         else:
             _say_unused(words, options.method)
         opened = open_model(
@@ -155,23 +159,24 @@ def _option(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _form(kinds: Mapping[str, Any]) -> type[Any]:
-    """`PruneOptions` with one group for every method and allocation that has options."""
+def form_with(base: type[Any], kinds: Mapping[str, Any]) -> type[Any]:
+    """A form with one group more for every method and allocation that has options."""
     fields = []
     for name, kind in kinds.items():
         if dataclasses.fields(kind):
             about = tyro.conf.arg(help=f"{kind.summary().rstrip('.')}. {kind.source}")
             fields.append((_field(name), Annotated[kind, about], kind()))
-    form = dataclasses.make_dataclass("PruneOptions", fields, bases=(PruneOptions,), frozen=True)
-    form.__doc__ = PruneOptions.__doc__
+    form = dataclasses.make_dataclass(base.__name__, fields, bases=(base,), frozen=True)
+    form.__doc__ = base.__doc__
     return form
 
 
-def _chosen(options: Any, name: str, kinds: Mapping[str, Any]) -> Any:
+def chosen(options: Any, name: str, kinds: Mapping[str, Any]) -> Any:
+    """The method or allocation of this name, with the options given."""
     return getattr(options, _field(name)) if dataclasses.fields(kinds[name]) else kinds[name]()
 
 
-def _check_groups(options: Any, words: list[str], choices: Mapping[str, Mapping[str, Any]]) -> None:
+def check_groups(options: Any, words: list[str], choices: Mapping[str, Mapping[str, Any]]) -> None:
     """The names exist, and options are given only to what was chosen."""
     choose("method", options.method, choices["method"])
     file = options.allocation.endswith(".json") or Path(options.allocation).is_file()
@@ -188,7 +193,8 @@ def _check_groups(options: Any, words: list[str], choices: Mapping[str, Mapping[
                 )
 
 
-def _amount(options: Any, *, needed: bool) -> dict[str, object]:
+def amount(options: Any, *, needed: bool) -> dict[str, object]:
+    """How much goes and in which pattern, for `prune`."""
     from secateur.masks import NM, check_sparsity, parse_pattern
 
     pattern = None if options.pattern is None else parse_pattern(options.pattern)
@@ -207,6 +213,7 @@ def _check(options: Any) -> None:
 
     if options.schedule is not None:
         choose("schedule", options.schedule, SCHEDULES)
+    check_template(options.template)
     choose("value of --uncalled", options.uncalled, ("dense", "magnitude"))
     check_count("samples", options.samples, 1, "prune")
     check_count("seqlen", options.seqlen, 2, "prune")
@@ -223,7 +230,7 @@ def _check(options: Any) -> None:
 
 
 def _say_unused(words: list[str], method: str) -> None:
-    names = ("--calibration", "--text", "--samples", "--nsamples", "--seqlen", "--seed")
+    names = ("--calibration", "--text", "--template", "--samples", "--nsamples", "--seqlen", "--seed")
     unused = [name for name in names if given(words, name)]
     if unused:
         warn(f"{method} reads no text: {', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect.")

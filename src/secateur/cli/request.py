@@ -29,6 +29,14 @@ def check_dtype(dtype: str | None) -> None:
         choose("dtype", dtype, ("auto", *DTYPES))
 
 
+def check_template(template: str | None) -> None:
+    """Raise unless conversations can be written so; None is the usual way."""
+    if template is not None:
+        from secateur.data.instructions import TEMPLATES
+
+        choose("template", template, TEMPLATES)
+
+
 def check_device(device: str | None) -> None:
     """Raise unless this torch can put a tensor there."""
     if device is None:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..errors import InvalidParameter, TextTooShort
 from ..progress import Progress, silent
-from .text import Split, Text, read_text
+from .instructions import Instructions, read_source
+from .text import Split, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,18 +41,24 @@ _BORDERS_TRIED = 50
 class Calibration:
     """Token ids to calibrate with, and how they were made.
 
-    ids: (n, seqlen) int64, on the CPU.
+    ids: (n, seqlen) int64, on the CPU; of instructions (conversations, longest).
+    mask: None if every id is a token; else of the same shape, False = padding, which must not be counted.
     record: ready for JSON: text, split, samples, seqlen, seed, sha256 (of the ids as little-endian int64, row by
         row), text_sha256, source, shared, tokenizer, tokens_available and how (the drawing in words).
     """
 
     ids: Tensor = field(repr=False)
     record: dict[str, Any]
+    mask: Tensor | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Consecutive windows of a text. ids: (n, seqlen) int64, on the CPU; sha256 is of the ids."""
+    """Consecutive windows of a text. ids: (n, seqlen) int64, on the CPU; sha256 is of the ids.
+
+    Of instructions, a row is a conversation, and both masks are given: `mask` is False at padding, `counted`
+    True at the tokens whose predictions count.
+    """
 
     ids: Tensor = field(repr=False)
     text: str
@@ -59,11 +66,13 @@ class Windows:
     text_sha256: str
     sha256: str
     tokens_available: int
+    mask: Tensor | None = field(default=None, repr=False)
+    counted: Tensor | None = field(default=None, repr=False)
 
 
 def calibration(
     tokenizer: PreTrainedTokenizerBase,
-    text: str | Path | Text,
+    text: str | Path | Text | Instructions,
     n: int = 128,
     seqlen: int | None = None,
     seed: int = 0,
@@ -78,7 +87,8 @@ def calibration(
 
     Args:
         tokenizer: of the model to be pruned.
-        text: a name or file for `read_text`, or a Text of either split.
+        text: a name or file for `read_text`, or a Text of either split; or conversations, by a name for
+            `read_instructions` or as `Instructions`: whole ones of n x seqlen tokens in all, one a row.
         n: windows.
         seqlen: tokens per window; by default the least of 2048 and the limits of the model and the tokenizer.
         seed: the same seed gives the same ids.
@@ -91,7 +101,8 @@ def calibration(
     Raises:
         InvalidParameter: n, seqlen or seed out of range; a tokenizer of another model.
         TextTooShort: fewer than n * seqlen tokens.
-        UnknownName, LoadFailure: from `read_text`.
+        UnknownName, LoadFailure: from `read_text` and `read_instructions`.
+        UsageError: conversations, and a tokenizer without a chat template.
 
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
     >>> from transformers import PreTrainedTokenizerFast
@@ -102,12 +113,16 @@ def calibration(
     >>> drawn.ids.shape, drawn.record["tokens_available"]
     (torch.Size([4, 8]), 100)
     """
-    _check_integer("n", "calibration", n, 1)
-    _check_integer("seed", "calibration", seed, 0)
+    check_integer("n", "calibration", n, 1)
+    check_integer("seed", "calibration", seed, 0)
     length = sequence_length(tokenizer, model, seqlen)
-    source = _as_text(text, "calibration", progress)
+    source = _source(text, "calibration", progress)
+    if isinstance(source, Instructions):
+        from .chat import chat_calibration
+
+        return chat_calibration(tokenizer, source, n, length, seed, model=model, progress=progress)
     stream = tokenise(tokenizer, source, progress=progress)
-    _check_vocabulary(stream, tokenizer, model)
+    check_vocabulary(stream, tokenizer, model)
     total = len(stream)
     if n * length > total:
         raise TextTooShort(_too_short(source, total, n, length))
@@ -142,7 +157,7 @@ def calibration(
 
 def windows(
     tokenizer: PreTrainedTokenizerBase,
-    text: str | Path | Text,
+    text: str | Path | Text | Instructions,
     seqlen: int,
     limit: int | None = None,
     *,
@@ -153,7 +168,8 @@ def windows(
 
     Args:
         tokenizer: of the model to be measured.
-        text: a name or file for `read_text`, of which the test split is read, or a Text of either split.
+        text: a name or file for `read_text`, of which the test split is read, or a Text of either split; or
+            conversations, as for `calibration`, one a row.
         seqlen: tokens per window.
         limit: keep the first windows only.
         model: used for its limits only.
@@ -165,12 +181,16 @@ def windows(
         UnknownName, LoadFailure: from `read_text`.
     """
     if limit is not None:
-        _check_integer("limit", "windows", limit, 1)
-    _check_integer("seqlen", "a window", seqlen, 2)
+        check_integer("limit", "windows", limit, 1)
+    check_integer("seqlen", "a window", seqlen, 2)
     length = sequence_length(tokenizer, model, seqlen)
-    source = _as_text(text, "test", progress)
+    source = _source(text, "test", progress)
+    if isinstance(source, Instructions):
+        from .chat import chat_windows
+
+        return chat_windows(tokenizer, source, length, limit, model=model, progress=progress)
     stream = tokenise(tokenizer, source, progress=progress)
-    _check_vocabulary(stream, tokenizer, model)
+    check_vocabulary(stream, tokenizer, model)
     total = len(stream)
     count = min(total // length, limit or total)
     if count == 0:
@@ -194,7 +214,7 @@ def sequence_length(
     """
     limit = _positions(model)
     if seqlen is not None:
-        _check_integer("seqlen", "a window", seqlen, 2)
+        check_integer("seqlen", "a window", seqlen, 2)
         if limit is not None and seqlen > limit:
             raise InvalidParameter("seqlen", "a window", f"at most {limit}, the model's positions", seqlen)
         return seqlen
@@ -277,8 +297,8 @@ def _find_cut(encode: Callable[[str], list[int]], text: str, near: int) -> int:
     return len(text)
 
 
-def _as_text(text: str | Path | Text, split: Split, progress: Progress) -> Text:
-    return text if isinstance(text, Text) else read_text(text, split, progress=progress)
+def _source(text: str | Path | Text | Instructions, split: Split, progress: Progress) -> Text | Instructions:
+    return text if isinstance(text, Text | Instructions) else read_source(text, split, progress=progress)
 
 
 def _positions(model: Any) -> int | None:
@@ -293,12 +313,12 @@ def _text_config(model: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _check_integer(name: str, owner: str, value: object, least: int) -> None:
+def check_integer(name: str, owner: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 63:
         raise InvalidParameter(name, owner, f"an integer of at least {least}", value)
 
 
-def _check_vocabulary(stream: Tensor, tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+def check_vocabulary(stream: Tensor, tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
     if not len(stream):
         return
     largest = int(stream.max())

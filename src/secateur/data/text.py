@@ -11,7 +11,8 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -185,9 +186,14 @@ TEXTS: dict[str, NamedText] = {
 }
 
 
-def _from_hub(
+def _from_hub(name: str, repository: str, *configuration: str, **options: Any) -> tuple[str, ...]:
+    return tuple(row["text"] for row in rows_from_hub(name, repository, *configuration, **options))
+
+
+def rows_from_hub(
     name: str, repository: str, *configuration: str, count: int | None = None, **options: Any
-) -> tuple[str, ...]:
+) -> tuple[Mapping[str, Any], ...]:
+    """The first `count` rows of a data set on the hub, all for None; `name` is for messages."""
     instead = "or give a local .txt, .jsonl or .parquet file"
     try:
         import datasets
@@ -199,7 +205,7 @@ def _from_hub(
         if not (constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE):
             HfApi().dataset_info(repository, timeout=HUB_TIMEOUT)  # datasets itself gives up after half a minute
         rows = datasets.load_dataset(repository, *configuration, **options)
-        return tuple(row["text"] for row in islice(rows, count))
+        return tuple(islice(rows, count))
     except Exception as error:  # anything from httpx to fsspec, by version
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise LoadFailure(
@@ -217,13 +223,22 @@ def _read_file(name: str) -> tuple[tuple[str, ...], str]:
     if suffix == ".txt" and column is not None:
         raise UsageError(f"'{path}' is plain text and has no field '{column}': leave out ':{column}'.")
     key = column or "text"
-    try:
+    with reading(path):
         if suffix == ".txt":
             documents: Iterable[str] = (path.read_text(encoding="utf-8-sig"),)
         elif suffix == ".jsonl":
             documents = _read_jsonl(path, key)
         else:
             documents = _read_parquet(path, key)
+    of = "" if suffix == ".txt" else f", field '{key}'"
+    return tuple(documents), f"local file {path}{of}; the same text for calibration and test"
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What goes wrong with a file, in one line."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise LoadFailure(
@@ -231,8 +246,6 @@ def _read_file(name: str) -> tuple[tuple[str, ...], str]:
         ) from error
     except OSError as error:
         raise LoadFailure(f"'{path}' could not be read ({error.strerror or one_line(error)}).") from error
-    of = "" if suffix == ".txt" else f", field '{key}'"
-    return tuple(documents), f"local file {path}{of}; the same text for calibration and test"
 
 
 def _find_file(name: str) -> tuple[Path, str | None]:
@@ -240,18 +253,18 @@ def _find_file(name: str) -> tuple[Path, str | None]:
     colons = [match.start() for match in re.finditer(":", name)]
     choices = [(name, None), *((name[:at], name[at + 1 :] or None) for at in reversed(colons))]
     for path, column in choices:
-        if _exists(path):
+        if exists(path):
             if Path(path).suffix.lower() in SUFFIXES:
                 return Path(path), column
             raise LoadFailure(f"'{path}' is no file that can be read as text: {', '.join(SUFFIXES)} can.")
     for path, _ in choices:
         if Path(path).suffix.lower() in SUFFIXES:
             raise LoadFailure(f"There is no file '{path}': check the path, relative to {Path.cwd()}.")
-    hint = " A local file can be given too: FILE.txt, FILE.jsonl:FIELD, FILE.parquet:FIELD."
+    hint = " A local file can be given too: FILE.txt, FILE.jsonl:FIELD, FILE.jsonl:PROMPT,RESPONSE, FILE.parquet:FIELD."
     raise UnknownName("text", name, TEXTS, hint)
 
 
-def _exists(path: str) -> bool:
+def exists(path: str) -> bool:
     try:
         return bool(path) and Path(path).exists()
     except (OSError, ValueError):  # too long, or a null character: no path at all
@@ -260,6 +273,15 @@ def _exists(path: str) -> bool:
 
 def _read_jsonl(path: Path, key: str) -> list[str]:
     documents = []
+    for number, row in jsonl_rows(path):
+        if key not in row:
+            raise UnknownName("field", key, row, f" This is line {number} of '{path}'.")
+        documents.append(_string(row[key], key, f"Line {number} of '{path}'"))
+    return documents
+
+
+def jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file with one on each line, and the number of the line."""
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -270,10 +292,7 @@ def _read_jsonl(path: Path, key: str) -> list[str]:
                 raise LoadFailure(f"Line {number} of '{path}' is not JSON ({one_line(error)}).") from error
             if not isinstance(row, dict):
                 raise LoadFailure(f"Line {number} of '{path}' is no JSON object but a {type(row).__name__}.")
-            if key not in row:
-                raise UnknownName("field", key, row, f" This is line {number} of '{path}'.")
-            documents.append(_string(row[key], key, f"Line {number} of '{path}'"))
-    return documents
+            yield number, row
 
 
 def _read_parquet(path: Path, key: str) -> list[str]:

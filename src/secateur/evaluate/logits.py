@@ -65,29 +65,48 @@ class Reader:
             self.direction = "causal" if _close(plain[0, :-1], plain[1, :-1], rounding=1000) else "both"
             self.body = self._find_body(probe, plain)
 
-    def chunks(self, ids: Tensor, elements: int) -> Iterator[tuple[slice, Tensor]]:
+    def chunks(self, ids: Tensor, elements: int, mask: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
         """The logits of ids (batch, length): pairs of (positions, logits (batch, positions, vocab)).
 
         A chunk holds at most `elements` logits, but at least one position. The dtype is the model's own.
+        mask: (batch, length), False at padding; None where there is none.
         """
-        ids = ids.to(self.device)
+        return self.head(self.read(ids, mask), ids, elements)
+
+    def read(self, ids: Tensor, mask: Tensor | None = None) -> Any:
+        """What the body leaves of ids (batch, length), for `head`: one hidden state for each position."""
+        more = {} if mask is None else {"attention_mask": mask.to(self.device, torch.int64)}
+        return self._call(self.model if self.body is None else self.body, ids.to(self.device), **more)
+
+    def head(self, output: Any, ids: Tensor, elements: int) -> Iterator[tuple[slice, Tensor]]:
+        """The logits that follow from what `read` left, in the pairs of `chunks`."""
         batch, length = ids.shape
         step = max(1, elements // (batch * self.vocabulary))
-        if self.body is None:
-            logits = self._call(self.model, ids).logits
-            for part in _parts(length, step):
-                yield part, logits[:, part]
-            return
-        output = self._call(self.body, ids)
         for part in _parts(length, step):
-            # the replacement lives only inside the call: the consumer may use the model between two chunks
-            with returning(self.body, _sliced(output, part)):
-                logits = self._call(self.model, ids[:, part]).logits
+            if self.body is None:
+                logits = output.logits[:, part]
+            else:
+                # the replacement lives only inside the call: the consumer may use the model between two chunks
+                with returning(self.body, _sliced(output, part)):
+                    logits = self._call(self.model, ids[:, part].to(self.device)).logits
             yield part, logits
 
-    def _call(self, module: nn.Module, ids: Tensor) -> Any:
+    def without_body(self) -> Reader:
+        """A reader for `head` only, with copies of what the model does behind its body, weights included.
+
+        Raises:
+            UsageError: body and head cannot be run apart.
+        """
+        if self.body is None:
+            raise UsageError(f"The body and the head of {self.name} cannot be run apart.")
+        alone = copy.copy(self)
+        alone.body = nn.Module()
+        alone.model = copy.deepcopy(self.model, {id(self.body): alone.body})
+        return alone
+
+    def _call(self, module: nn.Module, ids: Tensor, **more: Tensor) -> Any:
         with torch.no_grad():
-            return module(input_ids=ids, use_cache=False, return_dict=True)
+            return module(input_ids=ids, use_cache=False, return_dict=True, **more)
 
     def _find_body(self, probe: Tensor, plain: Tensor) -> nn.Module | None:
         candidates: list[nn.Module] = [self.model.base_model]

@@ -5,7 +5,8 @@
 The field's protocol (Frantar and Alistarh 2023, arXiv:2301.00774; Sun et al. 2023, arXiv:2306.11695): the
 documents are joined and tokenised once, cut into consecutive windows of `seqlen` tokens that do not overlap
 (the incomplete last one is left out), and each window predicts its own tokens 2 to seqlen: N = windows x
-(seqlen - 1). Numbers taken with different texts, seqlens or tokenizers cannot be compared.
+(seqlen - 1). Of conversations each is a window of its own and only the tokens of its responses count, by
+default. Numbers taken with different texts, seqlens or tokenizers cannot be compared.
 """
 
 from __future__ import annotations
@@ -13,24 +14,20 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from secateur.errors import NumericalFailure, UsageError
-from secateur.evaluate.logits import Reader
-from secateur.evaluate.sample import describe, mean_and_stderr, take, with_error
+from secateur.evaluate.sample import Sample, describe, mean_and_stderr, take, with_error
+from secateur.evaluate.tokens import not_causal, read_tokens
 from secateur.progress import Progress, silent
-from secateur.walk import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from secateur.data.instructions import Instructions
     from secateur.data.text import Text
-
-CHUNK = 2**23  # logits at a time: 32 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,8 @@ class Perplexity:
 
     `nll` is the mean negative log-likelihood per predicted token, in nats. Its standard error takes the
     windows as the sampling unit, as tokens within one are not independent; that of the perplexity follows by
-    the delta method, stderr = value x nll_stderr. Both are None for a single window.
+    the delta method, stderr = value x nll_stderr. Both are None for a single window. `counted` says which tokens
+    are meant: "all", or of conversations those of the "response", each conversation being a window.
     """
 
     value: float
@@ -54,20 +52,21 @@ class Perplexity:
     sha256: str
     ids_sha256: str
     dtype: str
+    counted: str = "all"
 
     def to_dict(self) -> dict[str, object]:
         """All fields, ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        where = describe(self.tokens, self.text, self.split, self.seqlen, self.sha256, self.windows)
+        where = describe(self.tokens, self.text, self.split, self.seqlen, self.sha256, self.windows, self.counted)
         return f"{with_error(self.value, self.stderr)} {where}"
 
 
 def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    text: str | Path | Text = "gutenberg",
+    text: str | Path | Text | Instructions = "gutenberg",
     *,
     seqlen: int | None = None,
     windows: int | None = None,
@@ -79,7 +78,8 @@ def perplexity(
     Args:
         model: any causal language model, in any float dtype; its mode and gradients are left alone.
         tokenizer: the model's own.
-        text: the name of a text, a local file, or a `Text`.
+        text: the name of a text, a local file, or a `Text`; or conversations, as FILE.jsonl:PROMPT,RESPONSE or
+            `Instructions`, of which only the responses count unless they say otherwise.
         seqlen: tokens per window, by default min(2048, the limits of the model and of its tokenizer).
         windows: at most so many windows; None takes the whole text.
         batch_size: windows per forward pass; changes the speed, and the result by rounding only.
@@ -109,31 +109,18 @@ def perplexity(
     (True, 21)
     """
     if model.config.is_encoder_decoder:
-        raise UsageError(_not_causal(model))
+        raise UsageError(not_causal(model))
     sample = take("perplexity", model, tokenizer, text, seqlen, windows, batch_size, progress)
-    reader = Reader(model, sample.ids)
-    if reader.direction != "causal":
-        raise UsageError(_not_causal(model))
+    found = read_tokens(model, sample, batch_size, None, likelihood=True, what="perplexity", progress=progress)
+    return of_nlls(found.nll, model, sample)
 
-    means: list[float] = []
-    total = len(sample.ids)
-    with evaluating(model):
-        for first, ids in sample.batches(batch_size):
-            for nlls in token_nlls(reader, ids):
-                bad = int((~nlls.isfinite()).sum())
-                if bad:
-                    raise NumericalFailure(
-                        f"The log-likelihood of {reader.name} ({model.dtype}) is not finite for {bad} of "
-                        f"{len(nlls)} tokens in {sample.place(len(means))}; if the weights are finite, "
-                        f"try another dtype."
-                    )
-                means.append(nlls.mean().item())
-            progress(first + len(ids), total, f"perplexity on {sample.text}")
 
-    nll, nll_stderr = mean_and_stderr(means)
+def of_nlls(nlls: list[Tensor], model: Any, sample: Sample) -> Perplexity:
+    """The perplexity that the nats of every counted token make; (tokens,) for each window."""
+    nll, nll_stderr = mean_and_stderr(nlls)
     if nll > 700:
         raise NumericalFailure(
-            f"The perplexity of {reader.name} on {sample.text} is beyond fp64: {nll:.4g} nats per token."
+            f"The perplexity of {type(model).__name__} on {sample.text} is beyond fp64: {nll:.4g} nats per token."
         )
     value = math.exp(nll)
     return Perplexity(
@@ -141,29 +128,13 @@ def perplexity(
         stderr=None if nll_stderr is None else value * nll_stderr,
         nll=nll,
         nll_stderr=nll_stderr,
-        tokens=total * (sample.seqlen - 1),
-        windows=total,
+        tokens=sum(map(len, nlls)),
+        windows=len(nlls),
         seqlen=sample.seqlen,
         text=sample.text,
         split=sample.split,
         sha256=sample.sha256,
         ids_sha256=sample.ids_sha256,
         dtype=str(model.dtype).removeprefix("torch."),
+        counted=sample.counts,
     )
-
-
-def token_nlls(reader: Reader, ids: Tensor) -> Tensor:
-    """For windows (batch, seqlen): (batch, seqlen - 1) fp64, the nats of their tokens 2 to seqlen."""
-    targets = ids[:, 1:]
-    nlls = torch.empty(targets.shape, dtype=torch.float64)
-    for part, logits in reader.chunks(ids, CHUNK):
-        wanted = targets[:, part].to(logits.device)
-        length = wanted.shape[1]  # the last position predicts what the window does not hold
-        predicted = logits[:, :length].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-        nll = cross_entropy(predicted, wanted.flatten(), reduction="none")
-        nlls[:, part.start : part.start + length] = nll.view(len(ids), length).double().cpu()
-    return nlls
-
-
-def _not_causal(model: PreTrainedModel) -> str:
-    return f"perplexity is defined for causal language models; {type(model).__name__} is not one."

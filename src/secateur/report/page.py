@@ -14,6 +14,7 @@ from typing import Any
 
 from secateur.report import charts
 from secateur.report.depth import layer_charts, layer_table
+from secateur.report.probes import probe_section
 from secateur.report.style import STYLE
 from secateur.report.values import (
     Run,
@@ -38,6 +39,7 @@ HEADS = (
     "Model’s sparsity",
     "Perplexity",
     "JS divergence",
+    "JS, 99 % of tokens below",
     "KL divergence",
     "Top-1 agreement",
     "Pruning time",
@@ -71,7 +73,7 @@ def page(runs: Sequence[Run], *, title: str) -> str:
     Args:
         runs: one mapping per model, in the order of the table. Every key may be missing or None:
             `prune`: `PruneResult.to_dict()`, None for the dense model;
-            `evaluate`: {"perplexity": {...}, "fidelity": {...}, "sparsity": {...}};
+            `evaluate`: {"perplexity": {...}, "fidelity": {...}, "sparsity": {...}, "generation": {...}};
             `errors`: [{"name", "relative_error"}, ...], one per layer;
             `name`: shown instead of the method's name;
             `model`, `machine`: mappings that say where the model came from and what it ran on.
@@ -89,6 +91,7 @@ def page(runs: Sequence[Run], *, title: str) -> str:
     sections = (
         _results(runs, labels),
         layer_charts(runs, labels),
+        probe_section(runs, labels),
         _left_dense(runs, labels),
         _size_and_speed(runs),
         _warnings(runs, labels),
@@ -147,7 +150,9 @@ def _results(runs: Sequence[Run], labels: Sequence[str]) -> str:
             pattern(run),
             *(percent(_sparsity(run, of)) for of in ("layers", "model")),
             perplexity,
-            *(_fidelity(run, measure) for measure in ("js_divergence", "kl_divergence", "top1_agreement")),
+            _fidelity(run, "js_divergence"),
+            with_error(number(run, "evaluate", "fidelity", "js_quantiles", "0.99"), None),
+            *(_fidelity(run, measure) for measure in ("kl_divergence", "top1_agreement")),
             duration(number(run, "prune", "seconds", "total")),
             gibibytes(number(run, "prune", "peak_memory_bytes")),
         )
@@ -189,7 +194,10 @@ def _how_measured(runs: Sequence[Run]) -> str:
     if len(texts) == 1:
         text, split, seqlen, tokens, *_ = texts[0]
         part = f" ({split})" if split else ""
-        count = f", {tokens:,} tokens" if isinstance(tokens, int) else ""
+        counted = (
+            " of responses" if "response" in {dig(run, "evaluate", "perplexity", "counted") for run in runs} else ""
+        )
+        count = f", {tokens:,} tokens{counted}" if isinstance(tokens, int) else ""
         windows = f" in windows of {seqlen}" if seqlen else ""
         how = f"Perplexity: per token, on {text or 'an unnamed text'}{part}{count}{windows}. {how}"
     warning = f'<p class="warn">{NOT_COMPARABLE}</p>' if len(texts) > 1 else ""
@@ -265,7 +273,7 @@ def _provenance(runs: Sequence[Run], labels: Sequence[str]) -> str:
 
 
 def _text_of(measured: Any) -> str | None:
-    numbers = ("value", "nll", "js_divergence", "kl_divergence", "top1_agreement")
+    numbers = ("value", "nll", "js_divergence", "js_quantiles", "kl_divergence", "top1_agreement")
     if not isinstance(measured, Mapping):
         return None
     return said({k: v for k, v in measured.items() if k not in numbers and not k.endswith("stderr")})

@@ -96,6 +96,13 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 6px 20px; margi
 dt { color: var(--soft); }
 dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
 dd ul { padding: 0; margin: 0; list-style: none; }
+.probe { margin: 18px 0 22px; break-inside: avoid; }
+.probe h3 { margin: 0 0 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
+.probe dt { white-space: nowrap; color: var(--ink); }
+.probe dd { white-space: pre-wrap; max-width: 90ch; }
+.same { color: var(--soft); }
+.kind { color: var(--soft); font-size: 12px; font-weight: 400; white-space: nowrap; }
+.kind::before { content: "· "; }
 details { margin-top: 36px; }
 summary { cursor: pointer; font-weight: 600; }
 details .wide { max-height: 480px; overflow: auto; margin-top: 10px; }
