@@ -141,7 +141,9 @@ def _seconds(model: nn.Module, job: Job, batches: Sequence[Batch], passes: int) 
         model, batches[:1], first, blocks=job.found.blocks, collector=lambda: Bundle(job.method.needs),
         visit=time_selection, schedule="oneshot",
     )  # fmt: skip
-    return passes * len(batches) * (timed.forward_seconds + scale * timed.collect_seconds) + scale * select
+    tokens = sum(value.numel() for batch in batches for name, value in batch.items() if name.endswith("input_ids"))
+    search = job.allocation.work(tokens) * len(batches) * timed.forward_seconds
+    return passes * len(batches) * (timed.forward_seconds + scale * timed.collect_seconds) + scale * select + search
 
 
 def _memory(model: nn.Module, job: Job, tokens: int) -> int:
