@@ -10,7 +10,7 @@ import torch
 from families import ids, make
 from torch import Tensor, nn
 
-from secateur.allocation import ALLOCATIONS, HIGHEST, Allocation, Owl, Table, Uniform, meet_budget
+from secateur.allocation import ALLOCATIONS, HIGHEST, Allocation, Evidence, Owl, Table, Uniform, meet_budget
 from secateur.errors import InvalidParameter, LoadFailure, UsageError
 from secateur.methods.magnitude import Magnitude
 from secateur.methods.wanda import Wanda
@@ -63,9 +63,9 @@ def naive_owl(
 
 def test_uniform() -> None:
     layers = find_layers(make("llama"))
-    assert Uniform().allocate(layers, 0.3, {}) == dict.fromkeys(layers, 0.3)
+    assert Uniform().allocate(layers, 0.3) == dict.fromkeys(layers, 0.3)
     with pytest.raises(UsageError, match="uniform allocation needs a sparsity"):
-        Uniform().allocate(layers, None, {})
+        Uniform().allocate(layers, None)
 
 
 @pytest.mark.parametrize(("bound", "outlier"), [(0.08, 5.0), (0.2, 3.0)])
@@ -74,7 +74,7 @@ def test_owl_is_the_papers(bound: float, outlier: float, leave_out: tuple[str, .
     model = spiky()
     layers = [layer for layer in find_layers(model) if not layer.name.endswith(leave_out or ("nothing",))]
     seen = seen_by(model, layers)
-    given = Owl(bound, outlier).allocate(layers, 0.6, seen)
+    given = Owl(bound, outlier).allocate(layers, 0.6, Evidence(seen))
     blocks = [[layer for layer in layers if layer.block == b] for b in dict.fromkeys(x.block for x in layers)]
     expected = naive_owl(blocks, seen, 0.6, bound, outlier)
     for inside, wanted in zip(blocks, expected, strict=True):
@@ -89,13 +89,13 @@ def test_owl_is_the_papers(bound: float, outlier: float, leave_out: tuple[str, .
 def test_owl_of_blocks_that_do_not_differ() -> None:
     layers = find_layers(make("llama"))
     for owl in (Owl(outlier=1e9), Owl(bound=0)):
-        assert list(owl.allocate(layers, 0.5, {}).values()) == pytest.approx([0.5] * len(layers))
+        assert list(owl.allocate(layers, 0.5).values()) == pytest.approx([0.5] * len(layers))
 
 
 def test_owl_scores_a_layer_that_saw_nothing_by_its_weights() -> None:
     layers = find_layers(spiky())
     plain = {layer: SecondMoment() for layer in layers}  # without a token
-    assert Owl().allocate(layers, 0.5, plain) == Owl().allocate(layers, 0.5, {})
+    assert Owl().allocate(layers, 0.5, Evidence(plain)) == Owl().allocate(layers, 0.5)
 
 
 @pytest.mark.parametrize("target", [0.0, 0.01, 0.5, 0.985, HIGHEST, 0.999])
@@ -133,7 +133,7 @@ def test_owl_looks_at_the_dense_model() -> None:
     """Its statistics come before any cut, so a sequential walk takes the same targets as a plain dense pass."""
     dense = spiky()
     layers = find_layers(dense)
-    expected = Owl().allocate(layers, 0.5, seen_by(dense, layers))
+    expected = Owl().allocate(layers, 0.5, Evidence(seen_by(dense, layers)))
     result = prune(spiky(), Wanda(), ids(), sparsity=0.5, allocation=Owl())
     assert {x.name: x.target for x in result.layers} == pytest.approx({x.name: s for x, s in expected.items()})
 
@@ -141,7 +141,7 @@ def test_owl_looks_at_the_dense_model() -> None:
 def test_table_takes_the_first_match() -> None:
     layers = find_layers(make("llama"))
     table = Table((("layers.0.mlp", 0.1), ("mlp", 0.2), ("*.q_proj", 0.0)))
-    given = {layer.name: s for layer, s in table.allocate(layers, 0.7, {}).items()}
+    given = {layer.name: s for layer, s in table.allocate(layers, 0.7).items()}
     assert given["model.layers.0.mlp.up_proj"] == 0.1
     assert given["model.layers.1.mlp.up_proj"] == 0.2
     assert given["model.layers.1.self_attn.q_proj"] == 0.0
@@ -151,9 +151,9 @@ def test_table_takes_the_first_match() -> None:
 def test_table_that_fits_the_layers_badly() -> None:
     layers = find_layers(make("llama"))
     with pytest.raises(UsageError, match=r"no sparsity for model.layers.0.self_attn.q_proj; add one, or give"):
-        Table((("mlp", 0.2),)).allocate(layers, None, {})
+        Table((("mlp", 0.2),)).allocate(layers, None)
     with pytest.raises(UsageError, match=r"'experts' matches none of 14 layers \(model.layers.0.self_attn.q_proj"):
-        Table((("mlp", 0.2), ("experts", 0.2))).allocate(layers, 0.5, {})
+        Table((("mlp", 0.2), ("experts", 0.2))).allocate(layers, 0.5)
     for bad in (1.0, -0.1, "0.5", None, True):
         with pytest.raises(InvalidParameter, match="allocation entry 'mlp'"):
             Table((("mlp", bad),))  # type: ignore[arg-type]

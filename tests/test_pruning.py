@@ -93,7 +93,7 @@ def test_the_record_is_plain_json(name: str) -> None:
     tokens = [layer["tokens"] for layer in record["layers"]]
     assert tokens == [None] * len(tokens) if not result.passes else tokens[0] == ids().numel()
     seconds = record["seconds"]
-    assert seconds.keys() == {"total", "forward", "collect", "select"} and min(seconds.values()) >= 0
+    assert seconds.keys() == {"total", "allocate", "forward", "collect", "select"} and min(seconds.values()) >= 0
     assert sum(seconds.values()) <= 2 * seconds["total"] + 1e-3
     assert (record["device"], record["dtype"]) == ("cpu", "float32")
     assert {"torch", "transformers", "numpy", "python", "secateur"} <= record["versions"].keys()

@@ -131,8 +131,8 @@ def check_job(
             )
         if not job.compares_first:
             job = replace(job, schedule="oneshot")
-    elif sparsity is None or not allocation.needs:
-        allocation.allocate(layers, sparsity, {})  # says what is missing, and which pattern fits nowhere
+    else:
+        allocation.check(layers, sparsity)
     return job
 
 

@@ -160,7 +160,9 @@ def _seconds(model: nn.Module, job: Job, batches: Sequence[Batch], passes: int) 
         visit=time_selection, schedule="oneshot",
     )  # fmt: skip
     reading = passes * len(batches) * (timed.forward_seconds + scale * timed.collect_seconds)
-    return reading + backward + scale * select
+    tokens = sum(value.numel() for batch in batches for name, value in batch.items() if name.endswith("input_ids"))
+    search = job.allocation.work(tokens) * len(batches) * timed.forward_seconds
+    return reading + backward + scale * select + search
 
 
 def _memory(model: nn.Module, job: Job, tokens: int) -> int:

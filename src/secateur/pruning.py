@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.allocation import Allocation
+from secateur.allocation import Allocation, Evidence
 from secateur.data.calibration import Calibration
 from secateur.errors import NumericalFailure
 from secateur.gradients import collect_gradients
@@ -122,7 +122,7 @@ class _Run:
         self.records: list[PrunedLayer] = []
         self.warnings: list[str] = []
         self.passes = 0
-        self.seconds = {"forward": 0.0, "collect": 0.0, "select": 0.0}
+        self.seconds = {"allocate": 0.0, "forward": 0.0, "collect": 0.0, "select": 0.0}
         self.targets: dict[Layer, float] = {}
         self.gradients: dict[Layer, Gradient] = {}
         self.keeps: dict[Layer, Tensor] = {}  # known before the walk that changes weights
@@ -139,7 +139,10 @@ class _Run:
             self._compare_all()
         else:
             seen = self._observe(job.allocation.needs) if job.allocation.needs else {}
-            self.targets = job.allocation.allocate(job.layers, job.sparsity, seen)
+            started = time.perf_counter()
+            evidence = Evidence(seen, self.model, self.batches, self.progress)
+            self.targets = job.allocation.allocate(job.layers, job.sparsity, evidence)
+            self.seconds["allocate"] = time.perf_counter() - started
         if not self.records:
             self._prune_all()
         order = {layer.name: layer.order for layer in job.layers}
