@@ -10,9 +10,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = (  # from the ground up; a room is a folder, or the files that make one thing together
     ("errors", "progress"),
-    ("masks", "statistics factor", "divergence", "coroutines", "memory", "parallel", "kernels"),
+    ("masks", "soft_masks", "statistics factor", "divergence", "coroutines", "memory", "parallel", "kernels"),
     ("models", "data"),
-    ("walk scout", "allocation"),
+    ("walk scout blocks", "allocation"),
     ("methods", "attention", "recovery", "evaluate"),
     ("safety",),
     ("pruning planning job inputs result", "recipe", "run", "report"),

@@ -80,13 +80,17 @@ def check_job(
                 f"the pattern {pattern} fixes every layer's sparsity; the {allocation.name()} allocation cannot"
             )
         sparsity = pattern.sparsity
+    method.check_pattern(pattern)
+    if method.blockwise and schedule not in (None, "block"):
+        raise UsageError(f"{method.name()} prunes a block at once, in the block schedule; it cannot use {schedule}")
     found = find(model)
     layers, unseen = select(found, include, exclude)
     check_untied(model, layers)
     for layer in layers:
         pattern.check(layer.shape[1], layer.name)
     job = Job(
-        method, pattern, sparsity, allocation, schedule or "sequential", uncalled, found, tuple(layers), unseen
+        method, pattern, sparsity, allocation, schedule or ("block" if method.blockwise else "sequential"), uncalled,
+        found, tuple(layers), unseen,
     )  # fmt: skip
     if job.schedule not in SCHEDULES:
         raise UnknownName("schedule", job.schedule, SCHEDULES)

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from secateur.allocation import Allocation
+from secateur.blocks import BlockCall
 from secateur.data.calibration import Calibration
 from secateur.errors import NumericalFailure
 from secateur.inputs import Data, batches_of
 from secateur.job import Job, Uncalled, check_job, coverage_of
 from secateur.masks import Pattern, Unstructured, keep_model, zero_dropped_
 from secateur.memory import peak_memory
-from secateur.methods import LayerView, Method
+from secateur.methods import BlockView, LayerView, Method
 from secateur.methods.magnitude import Magnitude
 from secateur.models.layers import Layer
+from secateur.models.substitute import running_with
 from secateur.progress import Progress, silent
 from secateur.result import PrunedLayer, PruneResult
 from secateur.scout import Batch, scout
@@ -79,7 +81,7 @@ def prune(
     )  # fmt: skip
     batches: list[Batch] = []
     if job.needs_data:
-        batches = batches_of(model, job.check_data(calibration), batch_size)
+        batches = batches_of(model, job.check_data(calibration), batch_size, method.together)
     started = time.perf_counter()
     weight = job.layers[0].weight
     with evaluating(model), peak_memory(weight.device) as peak:
@@ -150,6 +152,20 @@ class _Run:
         for arrival in arrivals:
             assert isinstance(arrival.seen, Bundle)
             self._prune(arrival.layer, arrival.seen)
+
+    def _visit_block(self, arrivals: list[Arrival], calls: list[BlockCall]) -> None:
+        """For a method that decides over a whole block."""
+        layers = [arrival.layer for arrival in arrivals]
+        views = [self._view(arrival.layer, arrival.seen) for arrival in arrivals]  # type: ignore[arg-type]
+        name, targets = layers[0].block, [self.targets[layer] for layer in layers]
+        using = running_with(self.job.found.blocks[name], layers)
+        keeps = self.job.method.prune_block(BlockView(name, views, targets, calls, using), self.job.pattern)
+        for arrival, view, keep in zip(arrivals, views, keeps, strict=True):
+            assert isinstance(arrival.seen, Bundle)
+            self._write(arrival.layer, view.weight, keep, arrival.seen)
+            self.warnings.extend(view.warnings)
+        if self.scouted and any(self.scouted.calls[layer] > 1 for layer in layers):
+            self.warnings.append(f"{name}: the model uses it at several places; shares were learnt at the first of them")
 
     def _prune(self, layer: Layer, seen: Bundle | None, method: Method | None = None) -> None:
         method = method or self.job.method
@@ -238,7 +254,8 @@ class _Run:
     def _walk(self, needs: tuple[type[Statistic], ...], visit: Any, schedule: Schedule) -> Walked:
         walked = walk(
             self.model, self.batches, self.job.layers, blocks=self.job.found.blocks, collector=lambda: Bundle(needs),
-            visit=visit, schedule=schedule, progress=self.progress, scouted=self.scouted,
+            visit=visit, visit_block=self._visit_block if self.job.method.blockwise else None, schedule=schedule,
+            progress=self.progress, scouted=self.scouted,
         )  # fmt: skip
         for name, calls in walked.late.items():
             self.warnings.append(f"{name}: {calls} calls came after it had been pruned and were not counted")

@@ -1,8 +1,8 @@
 """What a pruning method is, and where methods are found.
 
 A method is one file in this folder: a frozen dataclass whose fields are its options. It names the statistics
-it needs and overrides `score` or, when it changes weights as well, `prune_layer`. A package outside registers
-its class under the entry-point group `secateur.methods`.
+it needs and overrides `score`; or `prune_layer`, when it changes weights as well; or `prune_block`, when what the
+whole block gives decides. A package outside registers its class under the entry-point group `secateur.methods`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
@@ -17,8 +19,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from secateur.blocks import BlockCall
 from secateur.errors import UnknownName, UsageError
-from secateur.masks import Pattern, Unstructured, zero_dropped_
+from secateur.masks import NM, PATTERNS, Pattern, Unstructured, zero_dropped_
 from secateur.statistics import Bundle, S, Statistic
 
 
@@ -43,13 +46,39 @@ class LayerView:
         self.warnings.append(f"{self.name}: {text}")
 
 
+@dataclass
+class BlockView:
+    """A block as a method sees it, while every batch waits there and nothing in it has been pruned.
+
+    `layers` are those that a token reached, `targets` their sparsities: together they are the block's budget, which
+    the method may share out in another way. `calls` has one entry a batch: `call.dense` is what the block gave,
+    `call.run()` what it gives now. Inside `using(weights)`, one (out, in) tensor a layer, the block runs with these,
+    and gradients reach them.
+    """
+
+    name: str
+    layers: list[LayerView]
+    targets: list[float]
+    calls: list[BlockCall]
+    using: Callable[[Sequence[Tensor]], AbstractContextManager[None]]
+
+    def warn(self, text: str) -> None:
+        """Put `text` into the result, with the block's name."""
+        self.layers[0].warnings.append(f"{self.name}: {text}")
+
+
 @dataclass(frozen=True)
 class Method:
-    """The contract. Override exactly one of `score` and `prune_layer`; a solver may give a `score` besides,
-    which then ranks weights across layers for per="model"."""
+    """The contract. Override exactly one of `score`, `prune_layer` and `prune_block`; a `prune_layer` may have a
+    `score` beside it, which then ranks weights across layers for per="model".
+
+    `patterns` has the words of the patterns that the method can follow (see `secateur.masks.PATTERNS`), and `why`
+    what stands against the others."""
 
     needs: ClassVar[tuple[type[Statistic], ...]] = ()
     source: ClassVar[str] = ""
+    patterns: ClassVar[tuple[str, ...]] = tuple(PATTERNS)
+    why: ClassVar[str] = ""
 
     @property
     def native(self) -> Pattern:
@@ -65,6 +94,32 @@ class Method:
         keep = pattern.keep(self.score(layer), sparsity)
         zero_dropped_(layer.weight, keep)
         return keep
+
+    def prune_block(self, block: BlockView, pattern: Pattern) -> list[Tensor]:
+        """Write the new weight into every `block.layers[i].weight`; return the keep masks, (out, in) bool each.
+
+        Gradients are off; `torch.enable_grad()` turns them on. The result may not depend on how the calibration set is
+        cut into batches, up to rounding: see `together`. A method that overrides this runs in the `block` schedule.
+        """
+        raise UsageError(f"{self.name()} prunes layer by layer")
+
+    def together(self, batch_size: int) -> int:
+        """How many sequences may run together where the user allows `batch_size`."""
+        return batch_size
+
+    def check_pattern(self, pattern: Pattern) -> None:
+        """Raise `UsageError` for a pattern that the method cannot follow."""
+        word = "n:m" if isinstance(pattern, NM) else pattern.per
+        if word not in self.patterns:
+            raise UsageError(
+                f"{self.name()} cannot follow the pattern {pattern}: {self.why}; "
+                f"its patterns are {', '.join(self.patterns)}"
+            )
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether the method sees a whole block at once, and shares its budget out itself."""
+        return type(self).prune_block is not Method.prune_block
 
     @property
     def solves(self) -> bool:
@@ -88,7 +143,7 @@ def find_methods() -> dict[str, type[Method]]:
     """Every method by name: the files of this folder, then entry points.
 
     >>> sorted(find_methods())
-    ['magnitude', 'ria', 'sparsegpt', 'wanda']
+    ['besa', 'magnitude', 'ria', 'sparsegpt', 'wanda']
     """
     found: dict[str, type[Method]] = {}
     for info in pkgutil.iter_modules(__path__):
