@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from secateur.allocation import Allocation
+from secateur.blocks import BlockCall
 from secateur.inputs import Data, batches_of
 from secateur.job import Job, Uncalled, check_job, coverage_of
 from secateur.masks import NM, Pattern
-from secateur.methods import LayerView, Method
+from secateur.methods import BlockView, LayerView, Method
+from secateur.models.substitute import running_with
 from secateur.result import Coverage
 from secateur.scout import Batch, Scouted, scout
 from secateur.statistics import Bundle
@@ -82,7 +84,9 @@ def plan(
     )  # fmt: skip
     if isinstance(calibration, tuple):
         calibration = torch.zeros(calibration, dtype=torch.long)
-    batches = batches_of(model, job.check_data(calibration), batch_size) if job.needs_data else []
+    batches: list[Batch] = []
+    if job.needs_data:
+        batches = batches_of(model, job.check_data(calibration), batch_size, method.together)
     tokens = sum(value.numel() for batch in batches for name, value in batch.items() if name.endswith("input_ids"))
     with evaluating(model):
         scouted = scout(model, batches[0], job.layers) if batches else None
@@ -123,17 +127,32 @@ def _seconds(model: nn.Module, job: Job, batches: Sequence[Batch], passes: int) 
     scale = sum(x.weight.numel() for x in job.layers) / sum(x.weight.numel() for x in first)
     select = 0.0
 
+    pattern = job.method.native if job.globally else job.pattern
+    target = pattern.sparsity if isinstance(pattern, NM) else job.sparsity or 0.5
+
+    def view(arrival: Arrival) -> LayerView:
+        weight = arrival.layer.weight
+        assert isinstance(arrival.seen, Bundle)
+        return LayerView(
+            arrival.layer.name, weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True), arrival.seen
+        )
+
     def time_selection(arrivals: list[Arrival]) -> None:
         nonlocal select
-        for arrival in arrivals:
-            weight = arrival.layer.weight
-            wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        for layer in map(view, arrivals):
             started = time.perf_counter()
-            pattern = job.method.native if job.globally else job.pattern
-            target = pattern.sparsity if isinstance(pattern, NM) else job.sparsity or 0.5
-            assert isinstance(arrival.seen, Bundle)
-            job.method.prune_layer(LayerView(arrival.layer.name, wide, arrival.seen), pattern, target)
+            job.method.prune_layer(layer, pattern, target)
             select += time.perf_counter() - started
+
+    def time_block(arrivals: list[Arrival], calls: list[BlockCall]) -> None:
+        """A step of learning reads as many batches as there are in its sequences; the one at hand stands for each."""
+        nonlocal select
+        views, layers = [view(arrival) for arrival in arrivals], [arrival.layer for arrival in arrivals]
+        name = layers[0].block
+        block = BlockView(name, views, [target] * len(views), calls, running_with(job.found.blocks[name], layers))
+        started = time.perf_counter()
+        job.method.prune_block(block, pattern)
+        select += time.perf_counter() - started
 
     if not batches:
         return 0.0

@@ -165,7 +165,9 @@ class _Run:
             self._write(arrival.layer, view.weight, keep, arrival.seen)
             self.warnings.extend(view.warnings)
         if self.scouted and any(self.scouted.calls[layer] > 1 for layer in layers):
-            self.warnings.append(f"{name}: the model uses it at several places; shares were learnt at the first of them")
+            self.warnings.append(
+                f"{name}: the model uses it at several places; shares were learnt at the first of them"
+            )
 
     def _prune(self, layer: Layer, seen: Bundle | None, method: Method | None = None) -> None:
         method = method or self.job.method

@@ -63,24 +63,18 @@ class Shares:
     """The shares of a block's units; `theta` (units,) is what is learnt, in fp64.
 
     Args:
-        shapes: (out, in) of every layer.
+        weights: (out, in) of every layer; only their shapes and their device count.
         targets: sparsity of every layer at theta = 0; together they are the budget.
         per_row: whether each row is a unit, or each layer.
 
-    >>> shares = Shares([(2, 4), (1, 8)], [0.5, 0.5], per_row=True)
+    >>> shares = Shares([torch.ones(2, 4), torch.ones(1, 8)], [0.5, 0.5], per_row=True)
     >>> shares.theta[0] = -1.0
     >>> [[round(a, 3) for a in layer.tolist()] for layer in shares.now()], [c.tolist() for c in shares.counts()]
     ([[0.316, 0.557], [0.557]], [[1, 2], [5]])
     """
 
-    def __init__(
-        self,
-        shapes: Sequence[tuple[int, int]],
-        targets: Sequence[float],
-        *,
-        per_row: bool,
-        device: torch.device | None = None,
-    ) -> None:
+    def __init__(self, weights: Sequence[Tensor], targets: Sequence[float], *, per_row: bool) -> None:
+        shapes, device = [(len(weight), weight.shape[1]) for weight in weights], weights[0].device
         self.units = [rows if per_row else 1 for rows, _ in shapes]
         self.columns = [columns for _, columns in shapes]
         sizes = [columns if per_row else rows * columns for rows, columns in shapes]
@@ -90,7 +84,9 @@ class Shares:
         self.theta = torch.zeros_like(self.start)
 
     def _spread(self, values: Sequence[float]) -> Tensor:
-        return torch.cat([torch.full((n,), float(v), dtype=torch.float64) for n, v in zip(self.units, values, strict=True)])
+        return torch.cat(
+            [torch.full((n,), float(v), dtype=torch.float64) for n, v in zip(self.units, values, strict=True)]
+        )
 
     def now(self) -> list[Tensor]:
         """(units,) of every layer, fp64."""
@@ -121,9 +117,9 @@ class Shares:
         columns = self._spread(self.columns).to(self.size.device)
         step = self.size / columns  # weights lost when a unit's rows lose one each
         exact = self._all() * columns
-        count = exact.add(1e-9).floor()
-        order = (exact - count).mul(1e6).round().argsort(descending=True, stable=True).tolist()
-        count, steps, limits = count.tolist(), step.tolist(), columns.tolist()
+        whole = exact.add(1e-9).floor()
+        order = (exact - whole).mul(1e6).round().argsort(descending=True, stable=True).tolist()
+        count, steps, limits = whole.tolist(), step.tolist(), columns.tolist()
         left = self.budget - sum(c * s for c, s in zip(count, steps, strict=True))
         while order:
             before = left
