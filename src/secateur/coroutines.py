@@ -7,7 +7,8 @@ switch. A lane that is ended leaves the model's frames in good order, wherever i
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,16 @@ class Lane:
         self._coroutine.parent.switch()
         if x is not None:
             del self.x
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """While open, code outside runs under this waiting lane's autocast; whether gradients are kept is up to it."""
+        outside = _modes()
+        _restore((outside[0], *self._modes[1:]))
+        try:
+            yield
+        finally:
+            _restore(outside)
 
     def end(self) -> None:
         """Leave the model's frames, wherever the batch waits."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,16 @@ from secateur.scout import Batch
 Data = Calibration | Tensor | Sequence[Mapping[str, Tensor]]
 
 
-def batches_of(model: nn.Module, data: Data, batch_size: int = 1) -> list[Batch]:
+def batches_of(
+    model: nn.Module, data: Data, batch_size: int = 1, together: Callable[[int], int] | None = None
+) -> list[Batch]:
     """Micro-batches for `model`.
 
     Args:
         data: a calibration, a (n, seqlen) tensor of token ids, or ready batches (keyword arguments with their
             attention masks), which are passed through.
         batch_size: sequences a batch.
+        together: makes another number of it, as a method wants.
 
     Returns:
         Keyword arguments. An encoder-decoder reads the first half of every sequence in its encoder and the second
@@ -32,6 +35,7 @@ def batches_of(model: nn.Module, data: Data, batch_size: int = 1) -> list[Batch]
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InvalidParameter("batch_size", "prune", "a whole number >= 1", batch_size)
+    batch_size = together(batch_size) if together else batch_size
     ids = data.ids if isinstance(data, Calibration) else data
     if not isinstance(ids, Tensor):
         return _ready(ids)

@@ -63,14 +63,13 @@ class Job:
 
     @property
     def needs_data(self) -> bool:
-        return bool(self.method.needs or self.method.gradients or self.allocation.needs or self.needs)
+        return bool(self.method.reads or self.allocation.needs or self.needs)
 
     def check_data(self, data: Data | None) -> Data:
         """`data` itself; an error when there is none."""
         if data is None:
             who = f"the {self.allocation.name()} allocation" if self.allocation.needs else ""
-            reads = self.method.needs or self.method.gradients
-            who = self.method.name() if reads else who or self.refine[0].name()
+            who = self.method.name() if self.method.reads else who or self.refine[0].name()
             raise UsageError(f"{who} needs calibration data: pass ids, or name a text with --calibration")
         return data
 
@@ -107,14 +106,17 @@ def check_job(
         if not isinstance(one, Refinement):
             raise InvalidParameter("refine", "prune", "a sequence of refinements, as (Swap(), Refit())", one)
         one.check(pattern)
+    method.check_pattern(pattern)
+    if method.blockwise and schedule not in (None, "block"):
+        raise UsageError(f"{method.name()} prunes a block at once, in the block schedule; it cannot use {schedule}")
     found = find(model)
     layers, unseen = select(found, include, exclude)
     check_untied(model, layers)
     for layer in layers:
         pattern.check(layer.shape[1], layer.name)
     job = Job(
-        method, pattern, sparsity, allocation, schedule or "sequential", uncalled, found, tuple(layers), unseen,
-        tuple(refine),
+        method, pattern, sparsity, allocation, schedule or ("block" if method.blockwise else "sequential"), uncalled,
+        found, tuple(layers), unseen, tuple(refine),
     )  # fmt: skip
     if job.schedule not in SCHEDULES:
         raise UnknownName("schedule", job.schedule, SCHEDULES)

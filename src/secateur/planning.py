@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from secateur.allocation import Allocation
+from secateur.blocks import BlockCall
 from secateur.gradients import collect_gradients
 from secateur.inputs import Data, batches_of
 from secateur.job import Job, Uncalled, check_job, coverage_of
 from secateur.masks import NM, Pattern
-from secateur.methods import Method
+from secateur.methods import BlockView, Method
 from secateur.models.layers import Layer
+from secateur.models.substitute import running_with
 from secateur.refinements import Refinement
 from secateur.result import Coverage
 from secateur.scout import Batch, Scouted, scout
@@ -88,7 +90,9 @@ def plan(
     )  # fmt: skip
     if isinstance(calibration, tuple):
         calibration = torch.zeros(calibration, dtype=torch.long)
-    batches = batches_of(model, job.check_data(calibration), batch_size) if job.needs_data else []
+    batches: list[Batch] = []
+    if job.needs_data:
+        batches = batches_of(model, job.check_data(calibration), batch_size, method.together)
     tokens = sum(value.numel() for batch in batches for name, value in batch.items() if name.endswith("input_ids"))
     with evaluating(model):
         scouted = scout(model, batches[0], job.layers) if batches else None
@@ -115,7 +119,7 @@ def plan(
 
 
 def _passes(job: Job, scouted: Scouted | None) -> int:
-    passes = 1 if job.allocation.needs else 0
+    passes = bool(job.allocation.needs) + bool(job.method.gradients)
     passes += job.compares_first and bool(job.method.needs)
     if job.needs:
         passes += 2 if job.schedule == "block" else 1
@@ -131,19 +135,33 @@ def _seconds(model: nn.Module, job: Job, batches: Sequence[Batch], passes: int) 
     select = 0.0
     gradients: dict[Layer, Gradient] = {}
 
+    pattern = job.method.native if job.globally else job.pattern
+    target = pattern.sparsity if isinstance(pattern, NM) else job.sparsity or 0.5
+
+    def view(arrival: Arrival) -> LayerView:
+        assert isinstance(arrival.seen, Bundle)
+        wide = widened(arrival.layer.weight, copy=True)
+        return LayerView(arrival.layer.name, wide, arrival.seen, gradients.get(arrival.layer))
+
     def time_selection(arrivals: list[Arrival]) -> None:
         nonlocal select
-        for arrival in arrivals:
-            assert isinstance(arrival.seen, Bundle)
-            dense = widened(arrival.layer.weight, copy=True)
-            view = LayerView(arrival.layer.name, dense.clone(), arrival.seen, gradients.get(arrival.layer))
+        for layer in map(view, arrivals):
+            dense = layer.weight.clone()
             started = time.perf_counter()
-            pattern = job.method.native if job.globally else job.pattern
-            target = pattern.sparsity if isinstance(pattern, NM) else job.sparsity or 0.5
-            keep = job.method.prune_layer(view, pattern, target)
+            keep = job.method.prune_layer(layer, pattern, target)
             for refinement in job.refine:
-                keep = refinement.refine(view, dense, keep, pattern).keep
+                keep = refinement.refine(layer, dense, keep, pattern).keep
             select += time.perf_counter() - started
+
+    def time_block(arrivals: list[Arrival], calls: list[BlockCall]) -> None:
+        """A step of learning reads as many batches as there are in its sequences; the one at hand stands for each."""
+        nonlocal select
+        views, layers = [view(arrival) for arrival in arrivals], [arrival.layer for arrival in arrivals]
+        name = layers[0].block
+        block = BlockView(name, views, [target] * len(views), calls, running_with(job.found.blocks[name], layers))
+        started = time.perf_counter()
+        job.method.prune_block(block, pattern)
+        select += time.perf_counter() - started
 
     if not batches:
         return 0.0
@@ -157,11 +175,13 @@ def _seconds(model: nn.Module, job: Job, batches: Sequence[Batch], passes: int) 
     needs = tuple(dict.fromkeys((*job.method.needs, *job.needs)))
     timed = walk(
         model, batches[:1], first, blocks=job.found.blocks, collector=lambda: Bundle(needs),
-        visit=time_selection, schedule="oneshot",
+        visit=time_selection, visit_block=time_block if job.method.blockwise else None,
+        schedule="block" if job.method.blockwise else "oneshot",
     )  # fmt: skip
-    reading = passes * len(batches) * (timed.forward_seconds + scale * timed.collect_seconds)
+    once = timed.forward_seconds / timed.passes
+    reading = (passes - bool(job.method.gradients)) * len(batches) * (once + scale * timed.collect_seconds)
     tokens = sum(value.numel() for batch in batches for name, value in batch.items() if name.endswith("input_ids"))
-    search = job.allocation.work(tokens) * len(batches) * timed.forward_seconds
+    search = job.allocation.work(tokens) * len(batches) * once
     return reading + backward + scale * select + search
 
 

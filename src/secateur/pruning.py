@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.allocation import Allocation, Evidence
+from secateur.blocks import BlockCall
 from secateur.data.calibration import Calibration
 from secateur.errors import NumericalFailure
 from secateur.gradients import collect_gradients
@@ -21,12 +22,13 @@ from secateur.memory import peak_memory
 from secateur.methods import Method
 from secateur.methods.magnitude import Magnitude
 from secateur.models.layers import Layer
+from secateur.models.substitute import running_with
 from secateur.progress import Progress, silent
 from secateur.refinements import Refinement
 from secateur.result import OutputError, PrunedLayer, PruneResult
 from secateur.scout import Batch, scout
 from secateur.statistics import Bundle, Gradient, Gram, SecondMoment, Statistic
-from secateur.view import LayerView, widened
+from secateur.view import BlockView, LayerView, widened
 from secateur.walk import Arrival, Schedule, Walked, evaluating, walk
 
 
@@ -84,7 +86,7 @@ def prune(
     )  # fmt: skip
     batches: list[Batch] = []
     if job.needs_data:
-        batches = batches_of(model, job.check_data(calibration), batch_size)
+        batches = batches_of(model, job.check_data(calibration), batch_size, method.together)
     started = time.perf_counter()
     weight = job.layers[0].weight
     with evaluating(model), peak_memory(weight.device) as peak:
@@ -122,7 +124,7 @@ class _Run:
         self.records: list[PrunedLayer] = []
         self.warnings: list[str] = []
         self.passes = 0
-        self.seconds = {"allocate": 0.0, "forward": 0.0, "collect": 0.0, "select": 0.0}
+        self.seconds = {"allocate": 0.0, "gradients": 0.0, "forward": 0.0, "collect": 0.0, "select": 0.0}
         self.targets: dict[Layer, float] = {}
         self.gradients: dict[Layer, Gradient] = {}
         self.keeps: dict[Layer, Tensor] = {}  # known before the walk that changes weights
@@ -130,7 +132,9 @@ class _Run:
 
     def all(self) -> None:
         job = self.job
-        walks = bool(job.method.needs or job.allocation.needs)  # otherwise a layer need not be called to be pruned
+        walks = bool(
+            job.needs or job.method.needs or job.allocation.needs
+        )  # otherwise a layer need not be called to be pruned
         self.scouted = scout(self.model, self.batches[0], job.layers) if walks else None
         self.coverage = coverage_of(job, self.scouted)
         if job.method.gradients:
@@ -171,6 +175,21 @@ class _Run:
             assert isinstance(arrival.seen, Bundle)
             self._prune(arrival.layer, arrival.seen)
 
+    def _visit_block(self, arrivals: list[Arrival], calls: list[BlockCall]) -> None:
+        """For a method that decides over a whole block."""
+        layers = [arrival.layer for arrival in arrivals]
+        views = [self._view(arrival.layer, arrival.seen) for arrival in arrivals]  # type: ignore[arg-type]
+        name, targets = layers[0].block, [self.targets[layer] for layer in layers]
+        using = running_with(self.job.found.blocks[name], layers)
+        keeps = self.job.method.prune_block(BlockView(name, views, targets, calls, using), self.job.pattern)
+        for arrival, view, keep in zip(arrivals, views, keeps, strict=True):
+            assert isinstance(arrival.seen, Bundle)
+            self._finish(arrival.layer, view, keep, arrival.seen, self.job.method)
+        if self.scouted and any(self.scouted.calls[layer] > 1 for layer in layers):
+            self.warnings.append(
+                f"{name}: the model uses it at several places; shares were learnt at the first of them"
+            )
+
     def _prune(self, layer: Layer, seen: Bundle | None, method: Method | None = None) -> None:
         method = method or self.job.method
         view = self._view(layer, seen)
@@ -182,6 +201,10 @@ class _Run:
                 method = Magnitude()
                 self.warnings.append(f"{layer.name}: no token reached it in the dense model; pruned by magnitude")
             keep = method.prune_layer(view, self._pattern(), self.targets[layer])
+        self._finish(layer, view, keep, seen, method)
+
+    def _finish(self, layer: Layer, view: LayerView, keep: Tensor, seen: Bundle | None, method: Method) -> None:
+        """What comes after the choice: refinements, the check, the write."""
         error = None
         if self.job.refine and seen is None:
             self.unrefined.append(layer.name)
@@ -285,6 +308,7 @@ class _Run:
             self.model, self.batches, self.job.layers, request,
             blocks=self.job.found.blocks.values(), progress=self.progress,
         )  # fmt: skip
+        self.passes += 1
         self.seconds["gradients"] = time.perf_counter() - started
 
     def _observe(self, needs: tuple[type[Statistic], ...]) -> dict[Layer, SecondMoment]:
@@ -301,7 +325,8 @@ class _Run:
     def _walk(self, needs: tuple[type[Statistic], ...], visit: Any, schedule: Schedule) -> Walked:
         walked = walk(
             self.model, self.batches, self.job.layers, blocks=self.job.found.blocks, collector=lambda: Bundle(needs),
-            visit=visit, schedule=schedule, progress=self.progress, scouted=self.scouted,
+            visit=visit, visit_block=self._visit_block if self.job.method.blockwise else None, schedule=schedule,
+            progress=self.progress, scouted=self.scouted,
         )  # fmt: skip
         for name, calls in walked.late.items():
             self.warnings.append(f"{name}: {calls} calls came after it had been pruned and were not counted")

@@ -27,6 +27,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from secateur.blocks import BlockCall
 from secateur.coroutines import Lane
 from secateur.errors import RunFailure, UsageError
 from secateur.memory import give_back
@@ -83,6 +84,7 @@ def walk(
     collector: Callable[[], Collector],
     visit: Callable[[list[Arrival]], None],
     schedule: Schedule = "sequential",
+    visit_block: Callable[[list[Arrival], list[BlockCall]], None] | None = None,
     progress: Progress = silent,
     scouted: Scouted | None = None,
 ) -> Walked:
@@ -96,6 +98,8 @@ def walk(
         collector: makes an empty collector for one input.
         visit: called with one arrival (sequential), a block's (block), or all (oneshot), in call order.
         schedule: see the head of this file.
+        visit_block: called instead of `visit` by the `block` schedule, with the block's arrivals and one call a batch
+            that waits there: what the block gave as it was, and a way to run it again.
         scouted: what a look ahead at these layers showed; None looks now.
 
     Returns:
@@ -110,7 +114,7 @@ def walk(
     torch.set_autocast_cache_enabled(False)  # it would go on using a weight as it was before the visit
     try:
         with torch.inference_mode(False), torch.no_grad():
-            return _Walk(model, batches, layers, blocks, collector, visit, progress, scouted).run(schedule)
+            return _Walk(model, batches, layers, blocks, collector, visit, visit_block, progress, scouted).run(schedule)
     finally:
         torch.set_autocast_cache_enabled(cache)
 
@@ -124,11 +128,12 @@ class _Walk:
         blocks: Mapping[str, nn.Module],
         collector: Callable[[], Collector],
         visit: Callable[[list[Arrival]], None],
+        visit_block: Callable[[list[Arrival], list[BlockCall]], None] | None,
         progress: Progress,
         scouted: Scouted | None,
     ) -> None:
         self.model, self.batches, self.blocks = model, batches, blocks
-        self.collector, self.visitor, self.progress = collector, visit, progress
+        self.collector, self.visitor, self.block_visitor, self.progress = collector, visit, visit_block, progress
         self.report = Walked()
         self.scouted = scouted or scout(model, batches[0], layers)
         self.layers = list(layers)
@@ -216,14 +221,19 @@ class _Walk:
             inside.setdefault(layer.block, []).append(layer)
         watcher = _Watcher(self, [layer for layer in self.layers if layer not in self.gathered], within_block=True)
         done: set[str] = set()
+        calls: dict[Lane, BlockCall] = {}
 
         def paused(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if name not in done:
                 lane = Lane.current()
                 watcher.start(lane.batch)
                 watcher.active = True
-                forward(*args, **kwargs)
+                output = forward(*args, **kwargs)
                 watcher.active = False
+                if self.block_visitor:
+                    select = partial(self._output_tokens, name, lane.batch)
+                    calls[lane] = BlockCall(name, lane, forward, args, kwargs, output, select)
+                del output
                 lane.pause(name)
             return forward(*args, **kwargs)
 
@@ -241,9 +251,12 @@ class _Walk:
                 self.gathered.update({k: c for k, c in watcher.collectors.items() if k.block == name})
                 watcher.collectors = {k: c for k, c in watcher.collectors.items() if k.block != name}
                 ready = [layer for layer in inside[name] if layer in self.gathered]
-                self._visit([layer for layer in ready if self.gathered[layer].tokens])
+                here = [lane for lane in waiting if lane.place == name]
+                again = [calls.pop(lane) for lane in here] if self.block_visitor else None
+                self._visit([layer for layer in ready if self.gathered[layer].tokens], again)
+                del again
                 done.add(name)
-                for lane in [lane for lane in waiting if lane.place == name]:
+                for lane in here:
                     lane.resume()
                     self._advance(name, len(inside[name]))
         self.report.passes += 1  # every block ran twice
@@ -260,14 +273,20 @@ class _Walk:
 
     def _update(self, seen: Collector, layer: Layer, x: Tensor, rows: Tensor | None, batch: Batch) -> None:
         """The model may run in autocast or keep gradients; statistics do neither."""
-        masks = {name: mask for name, mask in batch.items() if name.endswith("mask") and mask.dim() == 2}
         with torch.autocast(x.device.type, enabled=False):
-            tokens = _tokens(x.detach(), rows, masks)
+            tokens = _tokens(x.detach(), rows, _masks(batch))
             if tokens is None and layer.name not in self.report.unmasked:
                 self.report.unmasked.append(layer.name)
             seen.update(x.detach().reshape(-1, x.shape[-1]) if tokens is None else tokens)
 
-    def _visit(self, layers: Sequence[Layer]) -> None:
+    def _output_tokens(self, name: str, batch: Batch, output: Tensor) -> Tensor:
+        """(..., width) -> (tokens, width): what a block gives for the tokens that count."""
+        tokens = _tokens(output, None, _masks(batch))
+        if tokens is None and name not in self.report.unmasked:
+            self.report.unmasked.append(name)
+        return output.reshape(-1, output.shape[-1]) if tokens is None else tokens
+
+    def _visit(self, layers: Sequence[Layer], calls: list[BlockCall] | None = None) -> None:
         started = time.perf_counter()
         ordered = sorted(layers, key=lambda layer: self.scouted.order[layer])
         fresh = [layer for layer in ordered if layer not in self.visited]
@@ -276,7 +295,11 @@ class _Walk:
                 self.block = fresh[0].block
                 give_back()
             with torch.autocast(fresh[0].weight.device.type, enabled=False):
-                self.visitor([Arrival(layer, self.gathered.pop(layer)) for layer in fresh])
+                arrivals = [Arrival(layer, self.gathered.pop(layer)) for layer in fresh]
+                if self.block_visitor and calls is not None:
+                    self.block_visitor(arrivals, calls)
+                else:
+                    self.visitor(arrivals)
             self.visited.update(fresh)
         self.report.visit_seconds += time.perf_counter() - started
 
@@ -333,6 +356,10 @@ class _Watcher:
             self.walk._update(self.collectors[layer], layer, x, rows, self.batch)
         self.walk.report.collect_seconds += time.perf_counter() - started
         self.walk._advance(layer.name)
+
+
+def _masks(batch: Batch) -> dict[str, Tensor]:
+    return {name: mask for name, mask in batch.items() if name.endswith("mask") and mask.dim() == 2}
 
 
 def _tokens(x: Tensor, rows: Tensor | None, masks: Mapping[str, Tensor]) -> Tensor | None:
