@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "secateur"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = (  # from the ground up; a room is a folder, or the files that make one thing together
-    ("errors", "progress", "registry"),
-    ("masks", "statistics factor", "divergence", "coroutines", "memory", "parallel", "kernels"),
+    ("errors", "progress"),
+    ("masks", "statistics factor", "registry", "divergence", "coroutines", "memory", "parallel", "kernels"),
     ("models", "data"),
     ("walk scout", "allocation", "view"),
     ("methods", "refinements", "attention", "recovery", "evaluate"),

@@ -37,7 +37,9 @@ class PruneOptions:
 
     secateur prune smollm2 --method sparsegpt --pattern 2:4 --calibration gutenberg --out pruned/
 
-    The options of a method or an allocation carry its name, as --sparsegpt.damping, and stand at the end.
+    secateur prune smollm2 --method wanda --pattern 2:4 --refine swap refit --out pruned/
+
+    The options of a method, an allocation or a refinement carry its name, as --sparsegpt.damping, and stand at the end.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -67,6 +69,9 @@ class PruneOptions:
     allocation: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = "uniform"
     """One sparsity for each layer: a name (see secateur list allocations), or a JSON file
     {pattern over layer names: sparsity}."""
+    refine: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAMES", help_behavior_hint="(nothing)")] = ()
+    """What improves each layer after the method, in this order, as --refine swap refit: see secateur list
+    refinements. Also --refit for --refine refit."""
     include: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAMES")] = ("all",)
     """Layers to prune: all, attention, mlp, or patterns over their names, as '*.q_proj'."""
     exclude: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAMES", help_behavior_hint="(none)")] = ()
@@ -100,11 +105,15 @@ def run(words: list[str]) -> int:
     from secateur.allocation import ALLOCATIONS, Table
     from secateur.data.text import read_text
     from secateur.methods import find_methods
+    from secateur.refinements import find_refinements
 
     methods = find_methods()
     allocations = {name: kind for name, kind in ALLOCATIONS.items() if kind is not Table}  # a table is a file
-    choices: dict[str, Mapping[str, Any]] = {"method": methods, "allocation": allocations}
-    options = parse(_form({**methods, **allocations}), words, verb="prune", aliases={"--text": "--calibration"})
+    refinements = find_refinements()
+    choices: dict[str, Mapping[str, Any]] = {"method": methods, "allocation": allocations, "refine": refinements}
+    command, words = words, _longhand(words)
+    form = _form({**methods, **allocations, **refinements})
+    options = parse(form, words, verb="prune", aliases={"--text": "--calibration"})
     _check_groups(options, words, choices)
     method = _chosen(options, options.method, methods)
     if options.allocation in allocations:
@@ -119,11 +128,12 @@ def run(words: list[str]) -> int:
         "exclude": options.exclude,
         "batch_size": options.batch_size,
         "uncalled": options.uncalled,
+        "refine": tuple(_chosen(options, name, refinements) for name in options.refine),
     }
     _check(options)
     with ProgressBar() as progress:
         text = None
-        if method.needs or allocation.needs:
+        if method.needs or allocation.needs or options.refine:
             text = read_text(options.calibration, "calibration", progress=progress)
         else:
             _say_unused(words, options.method)
@@ -135,7 +145,7 @@ def run(words: list[str]) -> int:
             trust_remote_code=options.trust_remote_code,
             progress=progress,
         )
-        how = {"model": opened.record(), **provenance(words, "prune")}
+        how = {"model": opened.record(), **provenance(command, "prune")}
         if options.dry_run:
             record = _plan(opened, options, method, text, request) | how
         else:
@@ -147,6 +157,18 @@ def run(words: list[str]) -> int:
     return 0
 
 
+def _longhand(words: list[str]) -> list[str]:
+    """`--refit` is one more name at the end of `--refine`."""
+    if "--refit" not in words:
+        return words
+    words = [word for word in words if word != "--refit"]
+    places = [i for i, word in enumerate(words) if word == "--refine"]
+    if not places:
+        return [*words, "--refine", "refit"]
+    end = next((i for i in range(places[-1] + 1, len(words)) if words[i].startswith("--")), len(words))
+    return [*words[:end], "refit", *words[end:]]
+
+
 def _field(name: str) -> str:
     return name.replace("-", "_")
 
@@ -156,7 +178,7 @@ def _option(name: str) -> str:
 
 
 def _form(kinds: Mapping[str, Any]) -> type[Any]:
-    """`PruneOptions` with one group for every method and allocation that has options."""
+    """`PruneOptions` with one group for everything that can be chosen and has options."""
     fields = []
     for name, kind in kinds.items():
         if dataclasses.fields(kind):
@@ -178,13 +200,17 @@ def _check_groups(options: Any, words: list[str], choices: Mapping[str, Mapping[
     if not file:
         hint = " A JSON file {layer-name pattern: sparsity} can be given too."
         choose("allocation", options.allocation, choices["allocation"], hint)
+    for name in options.refine:
+        choose("refinement", name, choices["refine"])
     for kind, names in choices.items():
         chosen = getattr(options, kind)
+        taken = chosen if isinstance(chosen, tuple) else (chosen,)
         for name in names:
-            if name != chosen and given(words, f"--{_option(name)}."):
+            if name not in taken and given(words, f"--{_option(name)}."):
+                what = "refinement" if kind == "refine" else kind
                 raise UsageError(
-                    f"--{_option(name)}.* are options of the {kind} {name}, but --{kind} is {chosen}: "
-                    f"leave them out, or choose --{kind} {name}."
+                    f"--{_option(name)}.* are options of the {what} {name}, but --{kind} is "
+                    f"{' '.join(taken) or 'not given'}: leave them out, or choose --{kind} {name}."
                 )
 
 
@@ -281,7 +307,7 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     sparsity, text, coverage = record["sparsity"], record["calibration"], record["coverage"]
     shares = f"{percent(sparsity['layers'])} of {len(record['layers'])} layers, "
     rows = [
-        ("method", f"{record['method']['name']}, {record['pattern']}"),
+        ("method", f"{_names(record)}, {record['pattern']}"),
         ("sparsity", f"{shares}{percent(sparsity['model'])} of all parameters"),
     ]
     if text:
@@ -289,10 +315,19 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("calibration", f"{seen}, {record['schedule']}, passes: {record['passes']}"))
     if coverage["share"] < 1:
         rows.append(("not seen", f"{percent(1 - coverage['share'])} of the weights asked for; see the record"))
+    errors = [layer["output_error"] for layer in record["layers"] if layer["output_error"]]
+    if errors:
+        before, after = (sum(error[key] for error in errors) / len(errors) for key in ("before", "after"))
+        rows.append(("refined", f"mean output error of {len(errors)} layers {percent(before)}, then {percent(after)}"))
     rows.append(("time", duration(record["seconds"]["total"])))
     rows.append(("peak memory", size(record["peak_memory_bytes"])))
     rows.append(("saved in", record.get("saved", "nowhere: there is no --out")))
     return rows
+
+
+def _names(record: Mapping[str, Any]) -> str:
+    """The method and what refines it, as "wanda + refit"."""
+    return " + ".join(one["name"] for one in (record["method"], *record["refine"]))
 
 
 def _plan_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -301,7 +336,7 @@ def _plan_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     target = "as the table says" if record["target"] is None else percent(record["target"])
     coverage = record["coverage"]
     rows = [
-        ("method", f"{record['method']['name']}, {record['pattern']}, {target}"),
+        ("method", f"{_names(record)}, {record['pattern']}, {target}"),
         ("blocks", str(record["blocks"])),
         ("layers", f"{kinds}; {share} of all parameters"),
         ("passes", f"{record['passes']} over {record['tokens']} tokens, schedule {record['schedule']}"),
