@@ -164,7 +164,7 @@ def compare_calibrations(
     [('js_divergence', 6), ('kl_divergence', 6), ('nll', 6)]
     """
     names, tests = _names("calibration", calibrations, 2), _names("text", texts, 1)
-    if not (method.reads or getattr(request.get("allocation"), "needs", ())):
+    if not (method.reads or bool(getattr(request.get("allocation"), "needs", ()))):
         raise UsageError(f"{method.name()} reads no text, so there is nothing to compare.")
     check_job(model, method, **request)
     drawn: dict[str, Calibration] = {}

@@ -20,7 +20,7 @@ class ListOptions:
     """
 
     kind: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="KIND", help_behavior_hint="(everything)")] = "all"
-    """methods, patterns, allocations, texts or models."""
+    """methods, refinements, patterns, allocations, texts or models."""
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Write the lists there as JSON; - or nothing is standard output."""
     debug: bool = False
@@ -65,6 +65,12 @@ def _methods() -> list[dict[str, str]]:
     return _rows(find_methods())
 
 
+def _refinements() -> list[dict[str, str]]:
+    from secateur.refinements import find_refinements
+
+    return _rows(find_refinements())
+
+
 def _patterns() -> list[dict[str, str]]:
     from secateur.masks import PATTERNS
 
@@ -91,6 +97,7 @@ def _models() -> list[dict[str, str]]:
 
 KINDS: dict[str, Callable[[], list[dict[str, str]]]] = {
     "methods": _methods,
+    "refinements": _refinements,
     "patterns": _patterns,
     "allocations": _allocations,
     "texts": _texts,

@@ -37,7 +37,9 @@ class PruneOptions:
 
     secateur prune smollm2 --method sparsegpt --pattern 2:4 --calibration gutenberg --out pruned/
 
-    The options of a method or an allocation carry its name, as --sparsegpt.damping, and stand at the end.
+    secateur prune smollm2 --method wanda --pattern 2:4 --refine swap refit --out pruned/
+
+    The options of a method, an allocation or a refinement carry its name, as --sparsegpt.damping, and stand at the end.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -70,6 +72,9 @@ class PruneOptions:
     allocation: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = "uniform"
     """One sparsity for each layer: a name (see secateur list allocations), or a JSON file
     {pattern over layer names: sparsity}."""
+    refine: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAMES", help_behavior_hint="(nothing)")] = ()
+    """What improves each layer after the method, in this order, as --refine swap refit: see secateur list
+    refinements. Also --refit for --refine refit."""
     include: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAMES")] = ("all",)
     """Layers to prune: all, attention, mlp, or patterns over their names, as '*.q_proj'."""
     exclude: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAMES", help_behavior_hint="(none)")] = ()
@@ -103,11 +108,14 @@ def run(words: list[str]) -> int:
     from secateur.allocation import ALLOCATIONS, Table
     from secateur.data.instructions import read_source
     from secateur.methods import find_methods
+    from secateur.refinements import find_refinements
 
     methods = find_methods()
     allocations = {name: kind for name, kind in ALLOCATIONS.items() if kind is not Table}  # a table is a file
-    choices: dict[str, Mapping[str, Any]] = {"method": methods, "allocation": allocations}
-    form = form_with(PruneOptions, {**methods, **allocations})
+    refinements = find_refinements()
+    choices: dict[str, Mapping[str, Any]] = {"method": methods, "allocation": allocations, "refine": refinements}
+    command, words = words, _longhand(words)
+    form = form_with(PruneOptions, {**methods, **allocations, **refinements})
     options = parse(form, words, verb="prune", aliases={"--text": "--calibration"})
     check_groups(options, words, choices)
     method = chosen(options, options.method, methods)
@@ -123,11 +131,12 @@ def run(words: list[str]) -> int:
         "exclude": options.exclude,
         "batch_size": options.batch_size,
         "uncalled": options.uncalled,
+        "refine": tuple(chosen(options, name, refinements) for name in options.refine),
     }
     _check(options)
     with ProgressBar() as progress:
         text = None
-        if method.needs or allocation.needs:
+        if method.reads or allocation.needs or options.refine:
             text = read_source(options.calibration, "calibration", template=options.template, progress=progress)
         else:
             _say_unused(words, options.method)
@@ -139,7 +148,7 @@ def run(words: list[str]) -> int:
             trust_remote_code=options.trust_remote_code,
             progress=progress,
         )
-        how = {"model": opened.record(), **provenance(words, "prune")}
+        how = {"model": opened.record(), **provenance(command, "prune")}
         if options.dry_run:
             record = _plan(opened, options, method, text, request) | how
         else:
@@ -151,6 +160,18 @@ def run(words: list[str]) -> int:
     return 0
 
 
+def _longhand(words: list[str]) -> list[str]:
+    """`--refit` is one more name at the end of `--refine`."""
+    if "--refit" not in words:
+        return words
+    words = [word for word in words if word != "--refit"]
+    places = [i for i, word in enumerate(words) if word == "--refine"]
+    if not places:
+        return [*words, "--refine", "refit"]
+    end = next((i for i in range(places[-1] + 1, len(words)) if words[i].startswith("--")), len(words))
+    return [*words[:end], "refit", *words[end:]]
+
+
 def _field(name: str) -> str:
     return name.replace("-", "_")
 
@@ -160,7 +181,7 @@ def _option(name: str) -> str:
 
 
 def form_with(base: type[Any], kinds: Mapping[str, Any]) -> type[Any]:
-    """A form with one group more for every method and allocation that has options."""
+    """A form with one group more for everything that can be chosen and has options."""
     fields = []
     for name, kind in kinds.items():
         if dataclasses.fields(kind):
@@ -183,13 +204,17 @@ def check_groups(options: Any, words: list[str], choices: Mapping[str, Mapping[s
     if not file:
         hint = " A JSON file {layer-name pattern: sparsity} can be given too."
         choose("allocation", options.allocation, choices["allocation"], hint)
+    for name in getattr(options, "refine", ()):
+        choose("refinement", name, choices["refine"])
     for kind, names in choices.items():
         chosen = getattr(options, kind)
+        taken = chosen if isinstance(chosen, tuple) else (chosen,)
         for name in names:
-            if name != chosen and given(words, f"--{_option(name)}."):
+            if name not in taken and given(words, f"--{_option(name)}."):
+                what = "refinement" if kind == "refine" else kind
                 raise UsageError(
-                    f"--{_option(name)}.* are options of the {kind} {name}, but --{kind} is {chosen}: "
-                    f"leave them out, or choose --{kind} {name}."
+                    f"--{_option(name)}.* are options of the {what} {name}, but --{kind} is "
+                    f"{' '.join(taken) or 'not given'}: leave them out, or choose --{kind} {name}."
                 )
 
 
@@ -288,7 +313,7 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     sparsity, text, coverage = record["sparsity"], record["calibration"], record["coverage"]
     shares = f"{percent(sparsity['layers'])} of {len(record['layers'])} layers, "
     rows = [
-        ("method", f"{record['method']['name']}, {record['pattern']}"),
+        ("method", f"{_names(record)}, {record['pattern']}"),
         ("sparsity", f"{shares}{percent(sparsity['model'])} of all parameters"),
     ]
     if text:
@@ -296,10 +321,19 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("calibration", f"{seen}, {record['schedule']}, passes: {record['passes']}"))
     if coverage["share"] < 1:
         rows.append(("not seen", f"{percent(1 - coverage['share'])} of the weights asked for; see the record"))
+    errors = [layer["output_error"] for layer in record["layers"] if layer["output_error"]]
+    if errors:
+        before, after = (sum(error[key] for error in errors) / len(errors) for key in ("before", "after"))
+        rows.append(("refined", f"mean output error of {len(errors)} layers {percent(before)}, then {percent(after)}"))
     rows.append(("time", duration(record["seconds"]["total"])))
     rows.append(("peak memory", size(record["peak_memory_bytes"])))
     rows.append(("saved in", record.get("saved", "nowhere: there is no --out")))
     return rows
+
+
+def _names(record: Mapping[str, Any]) -> str:
+    """The method and what refines it, as "wanda + refit"."""
+    return " + ".join(one["name"] for one in (record["method"], *record["refine"]))
 
 
 def _plan_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -308,7 +342,7 @@ def _plan_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     target = "as the table says" if record["target"] is None else percent(record["target"])
     coverage = record["coverage"]
     rows = [
-        ("method", f"{record['method']['name']}, {record['pattern']}, {target}"),
+        ("method", f"{_names(record)}, {record['pattern']}, {target}"),
         ("blocks", str(record["blocks"])),
         ("layers", f"{kinds}; {share} of all parameters"),
         ("passes", f"{record['passes']} over {record['tokens']} tokens, schedule {record['schedule']}"),

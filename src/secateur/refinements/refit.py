@@ -64,7 +64,7 @@ class Refit(Refinement):
             before, after = self._solve(h, change, keep[rows], ridge)
             new = change.div_(unit).add_(dense[rows]).mul_(keep[rows])
             old.copy_(torch.where(after <= before, new, old))
-            errors.append((before[:, 0], torch.minimum(before, after)[:, 0]))
+            errors.append([error[:, 0].clamp(min=0) for error in (before, torch.minimum(before, after))])
         return Refined(keep, *map(torch.cat, zip(*errors, strict=True)))
 
     def _solve(self, h: Tensor, change: Tensor, keep: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:

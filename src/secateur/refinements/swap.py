@@ -72,7 +72,7 @@ class Swap(Refinement):
                 layer.weight[rows], keep[rows], after[rows] = w, k, error
                 if not len(rows):
                     break
-        return Refined(keep, before, after)
+        return Refined(keep, before.clamp_(min=0), after.clamp_(min=0))
 
     def _round(
         self, h: Tensor, w: Tensor, w0: Tensor, c: Tensor, keep: Tensor, error: Tensor, pattern: Pattern

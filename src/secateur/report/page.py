@@ -29,6 +29,7 @@ from secateur.report.values import (
     pattern,
     percent,
     said,
+    small,
     with_error,
 )
 
@@ -253,11 +254,12 @@ def _provenance(runs: Sequence[Run], labels: Sequence[str]) -> str:
     rows = {"Model": [said(run.get("model")) for run in runs]}
     for measure in ("perplexity", "fidelity"):
         rows[f"{measure.capitalize()} on"] = [_text_of(dig(run, "evaluate", measure)) for run in runs]
-    for key in ("method", "schedule", "allocation", "calibration", "dtype", "device", "seconds", "versions"):
+    for key in ("method", "refine", "schedule", "allocation", "calibration", "dtype", "device", "seconds", "versions"):
         rows[key.capitalize()] = [said(dig(run, "prune", key)) for run in runs]
     for k, run in enumerate(runs):
         if run.get("prune") is not None and rows["Calibration"][k] is None:
             rows["Calibration"][k] = "none"
+    rows["Output error of layers"] = [_output_error(run) for run in runs]
     rows["Machine"] = [said(run.get("machine")) for run in runs]
     listed = []
     for name, values in rows.items():
@@ -270,6 +272,20 @@ def _provenance(runs: Sequence[Run], labels: Sequence[str]) -> str:
             each = _bullets([(", ".join(owners), value) for value, owners in groups.items()])
             listed.append(f"<dt>{name}</dt><dd>{same if len(groups) == 1 else each}</dd>")
     return _section("Provenance", f"<dl>{''.join(listed)}</dl>") if listed else ""
+
+
+def _output_error(run: Run) -> str | None:
+    """What the refinements won, over the layers that have been refined."""
+    found = [layer.get("output_error") for layer in dig(run, "prune", "layers") or ()]
+    pairs = [(number(error, "before"), number(error, "after")) for error in found if error]
+    known = [(before, after) for before, after in pairs if before is not None and after is not None]
+    if not known:
+        return None
+    before, after = (sum(values) / len(known) for values in zip(*known, strict=True))
+    return (
+        f"E|(W - W0) x|² / E|W0 x|² on the calibration inputs, mean over {len(known)} refined layers: "
+        f"{small(before)} before the refinements, {small(after)} after"
+    )
 
 
 def _text_of(measured: Any) -> str | None:

@@ -44,7 +44,8 @@ def name_runs(runs: Sequence[Run]) -> list[str]:
 
 
 def _name(run: Run) -> str:
-    usual = "dense" if run.get("prune") is None else dig(run, "prune", "method", "name")
+    named = [dig(run, "prune", "method"), *(dig(run, "prune", "refine") or ())]
+    usual = "dense" if run.get("prune") is None else " + ".join(str(n) for one in named if (n := dig(one, "name")))
     return str(run.get("name") or usual or "pruned")
 
 
@@ -58,6 +59,7 @@ def _traits(run: Run) -> tuple[str, ...]:
         str(dig(allocation, "name") or ""),
         _options(allocation),
         _options(dig(run, "prune", "method")),
+        " ".join(filter(None, map(_options, dig(run, "prune", "refine") or ()))),
     )
 
 
