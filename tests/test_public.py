@@ -12,8 +12,8 @@ import secateur
 
 PUBLIC = [
     "NM", "RIA", "Magnitude", "Method", "Owl", "SecateurError", "SparseGPT", "Table", "Uniform", "Unstructured",
-    "Wanda", "calibration", "fidelity", "find_layers", "find_methods", "layer_errors", "load", "perplexity", "plan",
-    "prune", "read_text", "save", "sparsity",
+    "Wanda", "calibration", "compare_tasks", "fidelity", "find_layers", "find_methods", "layer_errors", "load",
+    "perplexity", "plan", "prune", "read_text", "save", "sparsity", "tasks",
 ]  # fmt: skip
 # the example of these stands where they are used: a contract, a root of errors, and what needs a model first
 WITHOUT_EXAMPLE = {"Method", "SecateurError", "SparseGPT", "save"}

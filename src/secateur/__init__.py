@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from secateur.data.calibration import calibration
     from secateur.data.text import read_text
     from secateur.errors import SecateurError
-    from secateur.evaluate import fidelity, layer_errors, perplexity, sparsity
+    from secateur.evaluate import compare_tasks, fidelity, layer_errors, perplexity, sparsity, tasks
     from secateur.masks import NM, Unstructured
     from secateur.methods import Method, find_methods
     from secateur.methods.magnitude import Magnitude
@@ -35,7 +35,7 @@ _HOME = {
     "data.calibration": ("calibration",),
     "data.text": ("read_text",),
     "errors": ("SecateurError",),
-    "evaluate": ("fidelity", "layer_errors", "perplexity", "sparsity"),
+    "evaluate": ("compare_tasks", "fidelity", "layer_errors", "perplexity", "sparsity", "tasks"),
     "masks": ("NM", "Unstructured"),
     "methods": ("Method", "find_methods"),
     "methods.magnitude": ("Magnitude",),
@@ -63,6 +63,7 @@ __all__ = [
     "Unstructured",
     "Wanda",
     "calibration",
+    "compare_tasks",
     "fidelity",
     "find_layers",
     "find_methods",
@@ -74,6 +75,7 @@ __all__ = [
     "read_text",
     "save",
     "sparsity",
+    "tasks",
 ]
 
 

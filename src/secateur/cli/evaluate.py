@@ -11,19 +11,21 @@ from typing import Annotated, Any
 
 import tyro
 
-from secateur.cli.options import choose, parse
+from secateur.cli.options import choose, given, parse
 from secateur.cli.output import STDOUT, check_json, print_table, provenance, warn, write_json
 from secateur.cli.progress_bar import ProgressBar, duration
 from secateur.cli.request import Opened, check_count, check_device, check_dtype, open_model
 from secateur.errors import UsageError
 
-MEASURES = ("perplexity", "fidelity", "sparsity")
+MEASURES = ("perplexity", "fidelity", "sparsity", "tasks")
+_NOT_ASKED = ("tasks",)  # takes minutes: only by name
+_COMPARES = ("fidelity", "tasks")
 _NEEDS_TEXT = ("perplexity", "fidelity")
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure a model: perplexity on a text, fidelity to the dense model, sparsity.
+    """Measure a model: perplexity on a text, fidelity to the dense model, sparsity, zero-shot tasks.
 
     secateur evaluate pruned/ --against smollm2 --text gutenberg
     """
@@ -31,15 +33,24 @@ class EvaluateOptions:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder, a hub id, a .gguf file, or a built-in name: see secateur list models."""
     against: Annotated[str | None, tyro.conf.arg(metavar="DENSE", help_behavior_hint="")] = None
-    """The model before pruning, for fidelity. Both are held in memory."""
+    """The model before pruning, for fidelity and to compare tasks. Both are held in memory."""
     text: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "gutenberg"
     """What to read, its test part: a name (see secateur list texts) or a file, .txt, .parquet, or .jsonl as
     FILE:FIELD."""
     measures: Annotated[
         tuple[str, ...],
-        tyro.conf.arg(metavar="NAMES", help_behavior_hint="(all; without --against, all but fidelity)"),
+        tyro.conf.arg(metavar="NAMES", help_behavior_hint="(all but tasks; fidelity needs --against)"),
     ] = ()
-    """Any of perplexity, fidelity and sparsity."""
+    """Any of perplexity, fidelity, sparsity and tasks."""
+    tasks: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="NAMES", help_behavior_hint="(the usual eight, every item)")
+    ] = ()
+    """Zero-shot tasks, for the measure tasks: names (see secateur list tasks), local files as FILE.jsonl, or tasks of
+    lm-evaluation-harness."""
+    limit: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(every item)")] = None
+    """At most so many items of each task, the same for every model."""
+    seed: int = 0
+    """Of the choice of items."""
     seqlen: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(2048 or the model's limit)")] = None
     """Tokens in a window."""
     windows: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(the whole text)")] = None
@@ -63,16 +74,22 @@ class EvaluateOptions:
 def run(words: list[str]) -> int:
     """The whole verb; returns the exit code."""
     options = parse(EvaluateOptions, words, verb="evaluate")
-    usual = tuple(m for m in MEASURES if options.against or m != "fidelity")
+    usual = tuple(m for m in MEASURES if m not in _NOT_ASKED and (options.against or m != "fidelity"))
     measures = tuple(dict.fromkeys(options.measures or usual))
     for measure in measures:
         choose("measure", measure, MEASURES)
     if "fidelity" in measures and options.against is None:
         raise UsageError("Fidelity compares with the model before pruning: name it with --against DENSE.")
-    if "fidelity" not in measures and options.against is not None:
-        raise UsageError("Only fidelity uses --against: leave it out, or add fidelity to --measures.")
+    if options.against is not None and not any(measure in measures for measure in _COMPARES):
+        raise UsageError(f"Only {' and '.join(_COMPARES)} use --against: leave it out, or add one to --measures.")
+    if "tasks" not in measures:
+        for option in ("tasks", "limit", "seed"):
+            if given(words, f"--{option}"):
+                raise UsageError(f"Only the measure tasks uses --{option}: leave it out, or add tasks to --measures.")
     check_count("seqlen", options.seqlen, 2, "evaluate")
     check_count("windows", options.windows, 1, "evaluate")
+    check_count("limit", options.limit, 1, "evaluate")
+    check_count("seed", options.seed, 0, "evaluate")
     check_count("batch-size", options.batch_size, 1, "evaluate")
     check_dtype(options.dtype)
     check_device(options.device)
@@ -83,6 +100,10 @@ def run(words: list[str]) -> int:
             from secateur.data.text import read_text
 
             text = read_text(options.text, "test", progress=progress)
+        if "tasks" in measures:
+            from secateur.evaluate.tasks import USUAL, read_tasks
+
+            read_tasks(options.tasks or USUAL, progress=progress)  # a mistake is told before a model is loaded
         results, record = _measure(options, measures, text, progress)
     record |= provenance(words, "evaluate")
     if options.json:
@@ -117,12 +138,33 @@ def _measure(
             results[measure] = fidelity(
                 opened.model, dense.model, opened.tokenizer, text, dense_tokenizer=dense.tokenizer, **how
             )
+        elif measure == "tasks":
+            results |= _tasks(options, opened, dense, progress)
         elif measure == "sparsity":
             results[measure] = sparsity(opened.model, progress=progress)
         seconds[measure] = time.perf_counter() - begun
     record: dict[str, Any] = {"model": opened.record(), "against": dense.record() if dense else None}
     record |= {measure: result.to_dict() for measure, result in results.items()}
+    if "tasks" in results and dense is not None:
+        record["tasks"]["against"] = {"dense": record.pop("dense tasks"), **record.pop("against dense")}
     return results, {**record, "pruning": _pruning(opened), "seconds": seconds}
+
+
+def _tasks(options: EvaluateOptions, opened: Opened, dense: Opened | None, progress: ProgressBar) -> dict[str, Any]:
+    """The model's result; with a dense model its result as well, and both compared item by item."""
+    from secateur.evaluate.paired import compare_tasks
+    from secateur.evaluate.tasks import USUAL, tasks
+
+    def measured(one: Opened) -> Any:
+        # --batch-size counts windows, which are long; choices are short and keep their own
+        names = options.tasks or USUAL
+        return tasks(one.model, one.tokenizer, names, limit=options.limit, seed=options.seed, progress=progress)
+
+    results = {"tasks": measured(opened)}
+    if dense is not None:
+        results["dense tasks"] = measured(dense)
+        results["against dense"] = compare_tasks(results["tasks"], results["dense tasks"])
+    return results
 
 
 def _open(options: EvaluateOptions, name: str, revision: str | None, progress: ProgressBar) -> Opened:

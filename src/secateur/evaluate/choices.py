@@ -127,7 +127,9 @@ class Choices:
         ids = ids.to(self.reader.device)
 
         asked = [(i, number) for i, row in enumerate(rows) for number in row.requests]
-        places, targets, owners = [], [], []
+        places: list[tuple[int, int]] = []
+        targets: list[int] = []
+        owners: list[int] = []
         for n, (i, number) in enumerate(asked):
             request = requests[number]
             start = len(request.ids) - request.scored

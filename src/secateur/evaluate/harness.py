@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.data.task_sources import Questions
 from secateur.data.tasks import TASKS, Item, draw_indices
 from secateur.errors import LoadFailure, SecateurError, UnknownName, UsageError
 from secateur.evaluate.choices import Choices, Request
@@ -106,7 +105,7 @@ def _harness() -> Iterator[Any]:
         needs = "Zero-shot tasks need the package 'lm-eval'"
         raise LoadFailure(f"{needs} ({one_line(error)}): pip install 'secateur[tasks]'.") from error
     with ExitStack() as stack:
-        stack.enter_context(quiet("lm_eval", "lm_eval.models.huggingface", "lm_eval.evaluator", "lm_eval.api.task"))
+        stack.enter_context(quiet("lm_eval", "datasets", "huggingface_hub"))
         for module in (lm_eval.api.task, lm_eval.api.model):
             stack.enter_context(_without_bars(module))
         yield lm_eval
@@ -242,8 +241,3 @@ def _not_tied(model: Any) -> Iterator[None]:
         yield
     finally:
         del model.tie_weights
-
-
-def items_of(questions: Questions, limit: int | None, seed: int) -> tuple[Item, ...]:
-    """The items that are asked, the same for every model."""
-    return tuple(questions.items[i] for i in draw_indices(len(questions.items), limit, seed))
