@@ -15,7 +15,7 @@ FLOORS = (  # from the ground up; a room is a folder, or the files that make one
     ("walk scout", "allocation"),
     ("methods", "attention", "recovery", "evaluate"),
     ("safety",),
-    ("pruning planning job inputs result", "recipe", "run", "report"),
+    ("pruning planning job inputs result recovering iterative", "recipe", "run", "report"),
     ("cli __main__",),
     ("__init__",),
 )
