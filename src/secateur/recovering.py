@@ -80,6 +80,7 @@ def recover(
     options: Recovery | None = None,
     *,
     seqlen: int | None = None,
+    samples: int | None = None,
     held_out: int | Tensor = 8,
     dense: PreTrainedModel | None = None,
     checkpoint: str | Path | None = None,
@@ -96,6 +97,7 @@ def recover(
             The zeros of the model are counted and must be those.
         options: what is trained, and how; see `Recovery`.
         seqlen: tokens in a window, by default the least of 2048 and the model's limit. Ids have their own.
+        samples: windows of the text to learn from; by default as many as the steps use, or as the text has.
         held_out: windows of the text's test split to measure before and after, or ids (n, seqlen); 0 for none.
         dense: the model before pruning, for the objectives distil and reconstruct.
         checkpoint: a file to keep the state in; a killed run goes on from it with `resume`, to the bit.
@@ -125,7 +127,7 @@ def recover(
     """
     options = options or Recovery()
     job = _Job(model, tokenizer, pruning, options, dense)
-    ids, about = _training_ids(model, tokenizer, text, seqlen, options, progress)
+    ids, about = _training_ids(model, tokenizer, text, seqlen, samples, options, progress)
     unseen = _held_out_ids(model, tokenizer, text, held_out, ids.shape[1], progress)
     file = None if checkpoint is None else Path(checkpoint).expanduser().resolve()
     if resume and file is None:
@@ -235,6 +237,24 @@ class _Job:
         }
 
 
+def with_recovery(pruning: Mapping[str, Any], model: nn.Module, recovery: Mapping[str, Any]) -> dict[str, Any]:
+    """`pruning.json` of a recovered model: the record of the pruning, with this recovery at the end of its list.
+
+    Where zeros were lost, the sparsity of each layer and of the whole is counted again.
+    """
+    record = {**pruning, "recovery": [*pruning.get("recovery", ()), dict(recovery)]}
+    if not recovery["zeros"]["lost"]:
+        return record
+    layers = {layer.name: layer.weight for layer in find(model).layers}
+    counted = [dict(entry) for entry in pruning["layers"]]
+    for entry in counted:
+        entry["sparsity"] = zeros(layers[entry["name"]]) / layers[entry["name"]].numel()
+    gone = sum(zeros(layers[entry["name"]]) for entry in counted)
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(layers[entry["name"]].numel() for entry in counted)
+    return record | {"layers": counted, "sparsity": {"layers": gone / size, "model": gone / everything}}
+
+
 def weights_sha256(model: nn.Module) -> str:
     """Of the names, shapes and bytes of all parameters and buffers."""
     digest = hashlib.sha256()
@@ -283,8 +303,9 @@ def _check_dense(options: Recovery, model: Any, dense: Any) -> None:
 
 
 def _training_ids(
-    model: Any, tokenizer: Any, text: Any, seqlen: int | None, options: Recovery, progress: Progress
-) -> tuple[Tensor, Mapping[str, Any]]:
+    model: Any, tokenizer: Any, text: Any, seqlen: int | None, samples: int | None, options: Recovery,
+    progress: Progress,
+) -> tuple[Tensor, Mapping[str, Any]]:  # fmt: skip
     if isinstance(text, Calibration | Tensor):
         ids = text.ids if isinstance(text, Calibration) else text
         if seqlen is not None and seqlen != ids.shape[-1]:
@@ -298,9 +319,11 @@ def _training_ids(
         raise UsageError("A text needs the model's tokenizer; give it, or give the text as ids.")
     source = text if isinstance(text, Text) else read_text(text, "calibration", progress=progress)
     length = sequence_length(tokenizer, model, seqlen)
-    need = options.steps * options.accumulate * options.batch_size
-    fit = len(tokenise(tokenizer, source, progress=progress)) // length
-    drawn = calibration(tokenizer, source, max(1, min(need, fit)), length, options.seed, model=model, progress=progress)
+    if samples is None:
+        need = options.steps * options.accumulate * options.batch_size
+        fit = len(tokenise(tokenizer, source, progress=progress)) // length
+        samples = max(1, min(need, fit))
+    drawn = calibration(tokenizer, source, samples, length, options.seed, model=model, progress=progress)
     return drawn.ids, drawn.record
 
 
