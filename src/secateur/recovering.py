@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,21 +19,26 @@ from secateur.data.text import Text, read_text
 from secateur.errors import InvalidParameter, UsageError
 from secateur.inputs import batches_of
 from secateur.memory import peak_memory
-from secateur.models.layers import Layer, find
+from secateur.models.layers import Layer, find, find_blocks
 from secateur.progress import Progress, silent
 from secateur.recovery import checkpoint as checkpoints
 from secateur.recovery.adapters import LORA
 from secateur.recovery.keep import check_record, pruned_layers, read_record, zeros
-from secateur.recovery.loop import Trained, order, train
+from secateur.recovery.loop import order, train
 from secateur.recovery.objectives import TextLoss, checkpointed
 from secateur.recovery.options import Recovery
 from secateur.recovery.overlay import Overlay
+from secateur.recovery.reconstruct import reconstruct, record_calls
 from secateur.recovery.subsets import find_trainees
 from secateur.result import PruneResult, versions
+from secateur.scout import run
 from secateur.walk import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+RECORDED = 128  # windows of text that reconstruction reads by default: their hidden states are held in memory
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,8 @@ def recover(
             The zeros of the model are counted and must be those.
         options: what is trained, and how; see `Recovery`.
         seqlen: tokens in a window, by default the least of 2048 and the model's limit. Ids have their own.
-        samples: windows of the text to learn from; by default as many as the steps use, or as the text has.
+        samples: windows of the text to learn from; by default as many as the steps use and the text
+            has; with reconstruct, whose inputs are held in memory, at most 128.
         held_out: windows of the text's test split to measure before and after, or ids (n, seqlen); 0 for none.
         dense: the model before pruning, for the objectives distil and reconstruct.
         checkpoint: a file to keep the state in; a killed run goes on from it with `resume`, to the bit.
@@ -132,7 +138,7 @@ def recover(
     file = None if checkpoint is None else Path(checkpoint).expanduser().resolve()
     if resume and file is None:
         raise UsageError("To resume, name the checkpoint file of the run that was stopped.")
-    return job.run(ids, about, unseen, file, resume, progress)
+    return job.go(ids, about, unseen, file, resume, progress)
 
 
 class _Job:
@@ -151,7 +157,7 @@ class _Job:
         if "all" in options.train:
             self.warnings.append("all parameters are trained, the pruned ones too: the zeros are lost")
 
-    def run(
+    def go(
         self, ids: Tensor, about: Mapping[str, Any], unseen: Tensor | None, file: Path | None, resume: bool,
         progress: Progress,
     ) -> RecoverResult:  # fmt: skip
@@ -175,22 +181,24 @@ class _Job:
                 seed=options.seed,
             )  # fmt: skip
             measured = {"before": self._look(loss, unseen)}
-            trained = self._train(overlay, loss, ids, unseen, file, state, progress)
+            with self._laid(overlay):
+                if options.objective == "reconstruct":
+                    losses, training = self._reconstruct(overlay, ids, file, state, progress)
+                else:
+                    losses, training = self._train(overlay, loss, ids, unseen, file, state, progress)
             lost = overlay.merge_()
             measured["after"] = self._look(loss, unseen)
         after = sum(zeros(layer.weight) for layer in self.layers)
-        calls = options.steps * options.accumulate
         return RecoverResult(
             options=options.to_dict(),
             trained=overlay.counts(),
             share=overlay.count() / everything,
-            tokens=calls * options.batch_size * ids.shape[1],
+            tokens=options.steps * options.accumulate * options.batch_size * ids.shape[1],
             text=about,
-            losses={"first": trained.losses[0], "last": trained.losses[-1], "steps": trained.losses,
-                    "held_out": trained.held_out, "best": trained.best},
+            losses=losses,
             held_out=None if unseen is None else _perplexities(measured, unseen),
             zeros={"before": before, "after": after, "lost": lost},
-            seconds={"total": time.perf_counter() - started, "training": trained.seconds},
+            seconds={"total": time.perf_counter() - started, "training": training},
             peak_memory_bytes=peak.bytes,
             device=str(device),
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -200,7 +208,7 @@ class _Job:
     def _train(
         self, overlay: Overlay, loss: TextLoss, ids: Tensor, unseen: Tensor | None, file: Path | None,
         state: checkpoints.State, progress: Progress,
-    ) -> Trained:  # fmt: skip
+    ) -> tuple[dict[str, Any], float]:  # fmt: skip
         options = self.options
         size = options.batch_size
         chosen = order(len(ids), options.steps * options.accumulate * size, options.seed)
@@ -211,14 +219,33 @@ class _Job:
         def look() -> float:
             return _mean(self._look(loss, unseen))
 
-        with ExitStack() as laid:
-            laid.enter_context(overlay.open())
-            if options.gradient_checkpointing:
-                laid.enter_context(checkpointed(self.found.blocks))
-            return train(
-                overlay.parts, loss_of, options, look=look, checkpoint=file, state=state, progress=progress,
-                what=f"recovering ({options.objective})",
-            )  # fmt: skip
+        trained = train(
+            overlay.parts, loss_of, options, look=look, checkpoint=file, state=state, progress=progress,
+            what=f"recovering ({options.objective})",
+        )  # fmt: skip
+        losses = {"first": trained.losses[0], "last": trained.losses[-1], "steps": trained.losses}
+        return losses | {"held_out": trained.held_out, "best": trained.best}, trained.seconds
+
+    def _reconstruct(
+        self, overlay: Overlay, ids: Tensor, file: Path | None, state: checkpoints.State, progress: Progress
+    ) -> tuple[dict[str, Any], float]:
+        dense, blocks = self.dense, find_blocks(self.dense)
+        recorded = []
+        batches = batches_of(dense, ids, self.options.batch_size)
+        for i, batch in enumerate(batches):
+            recorded.append(record_calls(dense, blocks, lambda batch=batch: run(dense, batch)))
+            progress(i + 1, len(batches), "recording the dense model")
+        windows = reconstruct(
+            overlay, self.found.blocks, blocks, recorded, self.options, checkpoint=file, state=state, progress=progress
+        )
+        ends = [(window.losses[0], window.losses[-1]) for window in windows if window.losses]
+        losses: dict[str, Any] = {"first": _mean([e[0] for e in ends]), "last": _mean([e[1] for e in ends])}
+        return losses | {"windows": [window.losses for window in windows]}, sum(window.seconds for window in windows)
+
+    @contextmanager
+    def _laid(self, overlay: Overlay) -> Iterator[None]:
+        with overlay.open(), checkpointed(self.found.blocks if self.options.gradient_checkpointing else {}):
+            yield
 
     def _look(self, loss: TextLoss, unseen: Tensor | None) -> list[float]:
         return [] if unseen is None else loss.held_out(unseen, 1)
@@ -322,7 +349,8 @@ def _training_ids(
     if samples is None:
         need = options.steps * options.accumulate * options.batch_size
         fit = len(tokenise(tokenizer, source, progress=progress)) // length
-        samples = max(1, min(need, fit))
+        most = RECORDED if options.objective == "reconstruct" else fit
+        samples = max(1, min(need, fit, most))
     drawn = calibration(tokenizer, source, samples, length, options.seed, model=model, progress=progress)
     return drawn.ids, drawn.record
 

@@ -161,7 +161,9 @@ def _check(options: RecoverOptions) -> tuple[dict[str, Any], Path | None]:
         raise UsageError("--resume needs the --out DIR of the run that was stopped.")
     check_json(options.json, out)
     if not Path(options.model).expanduser().is_dir():
-        raise UsageError(f"{options.model} is not a folder: recover starts from one that secateur prune --out has written.")
+        raise UsageError(
+            f"{options.model} is not a folder: recover starts from one that secateur prune --out has written."
+        )
     record = read_record(Path(options.model).expanduser())
     read_text(options.text, "calibration")
     return record, checkpoint

@@ -136,7 +136,8 @@ def _snapshot(
     state: State,
     run: Trained,
 ) -> State:
-    tensors: dict[str, Tensor] = dict(best)
+    others = {name: tensor for name, tensor in state.tensors.items() if name.startswith("all.")}
+    tensors: dict[str, Tensor] = {**others, **best}
     for name, part in parts.items():
         tensors[f"part.{name}"] = part.detach()
         for key, value in optimiser.state[part].items():
@@ -144,9 +145,7 @@ def _snapshot(
     return State(state.identity, tensors, {**state.facts, "run": vars(run)})
 
 
-def _restore(
-    parts: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer, state: State, run: Trained
-) -> int:
+def _restore(parts: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer, state: State, run: Trained) -> int:
     """Put a snapshot back; the number of steps that are done."""
     if "run" not in state.facts:
         return 0

@@ -11,14 +11,16 @@ Source of distil: Hinton et al. 2015, arXiv:1503.02531, section 2.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from secateur.divergence import kl_divergence
 from secateur.errors import UsageError
@@ -105,32 +107,32 @@ class TextLoss:
         return Reading(inputs, torch.cat([ids[:, 1:], nothing], dim=1))
 
     def _predict(self, model: nn.Module, reading: Reading) -> tuple[Tensor, Tensor]:
-        with self._autocast():
+        with autocast(self.device, self.precision):
             logits: Tensor = model(**reading.inputs, **_uncached(model)).logits
         loss = cross_entropy(logits.flatten(0, 1).float(), reading.targets.flatten(), ignore_index=IGNORED)
         return loss, logits
 
-    def _autocast(self) -> ContextManager[Any]:
-        if self.precision == "model":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
     def _looks_ahead(self) -> bool:
         """Whether an early prediction changes with a later token, tried on a few tokens."""
         few = self.ids[:1, :8].to(self.device).repeat(2, 1)
-        few[1, -1] = self.ids[self.ids != few[0, -1].cpu()][:1].to(self.device)[0] if self.ids.unique().numel() > 1 else 0
+        few[1, -1] = (
+            self.ids[self.ids != few[0, -1].cpu()][:1].to(self.device)[0] if self.ids.unique().numel() > 1 else 0
+        )
         with torch.no_grad(), evaluating(self.model):
             logits = self.model(**self.batch(few), **_uncached(self.model)).logits.float()
         return not torch.allclose(logits[0, :-1], logits[1, :-1], rtol=0.02, atol=0.02 * float(logits.std()))
 
 
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """bf16 where it is asked for; otherwise the model's own dtype."""
+    if precision == "model":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
 @contextmanager
 def checkpointed(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
     """While open, each block keeps its inputs only and runs once more in the backward pass."""
-    from contextlib import ExitStack
-
-    from torch.utils.checkpoint import checkpoint
-
     with ExitStack() as undo:
         for block in blocks.values():
             plain = block.forward
@@ -143,6 +145,4 @@ def checkpointed(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
 
 
 def _uncached(model: nn.Module) -> dict[str, bool]:
-    import inspect
-
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}

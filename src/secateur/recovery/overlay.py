@@ -114,7 +114,11 @@ class Overlay:
         share = 1.0
         if trainee.how == "adapter" and trainee.parameter.dim() == 3:
             share = len(trainee.layers) / len(trainee.parameter)
-        own = [part for name, part in self.parts.items() if name in (trainee.name, f"{trainee.name}.A", f"{trainee.name}.B")]
+        own = [
+            part
+            for name, part in self.parts.items()
+            if name in (trainee.name, f"{trainee.name}.A", f"{trainee.name}.B")
+        ]
         return round(share * sum(part.numel() for part in own))
 
 

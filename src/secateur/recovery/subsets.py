@@ -141,6 +141,11 @@ def _tied(
     said = []
     for key, trainee in found.items():
         kinds = {isinstance(module, nn.Embedding) for module, _ in places[key]}
-        if trainee.how == "full" and len(kinds) == 2 and not {"embeddings", "head"} <= set(train) and "all" not in train:
+        if (
+            trainee.how == "full"
+            and len(kinds) == 2
+            and not {"embeddings", "head"} <= set(train)
+            and "all" not in train
+        ):
             said.append(f"{names[key]}: embedding and head are one tensor, so both are trained")
     return said
