@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from secateur.data.text import Text, read_text
 from secateur.errors import InvalidParameter, UsageError
 from secateur.inputs import batches_of
 from secateur.memory import peak_memory
-from secateur.models.layers import Layer, find, find_blocks
+from secateur.models.layers import find, find_blocks
 from secateur.progress import Progress, silent
 from secateur.recovery import checkpoint as checkpoints
 from secateur.recovery.adapters import LORA
@@ -233,7 +234,7 @@ class _Job:
         recorded = []
         batches = batches_of(dense, ids, self.options.batch_size)
         for i, batch in enumerate(batches):
-            recorded.append(record_calls(dense, blocks, lambda batch=batch: run(dense, batch)))
+            recorded.append(record_calls(dense, blocks, partial(run, dense, batch)))
             progress(i + 1, len(batches), "recording the dense model")
         windows = reconstruct(
             overlay, self.found.blocks, blocks, recorded, self.options, checkpoint=file, state=state, progress=progress

@@ -74,7 +74,8 @@ def read(file: Path, identity: Mapping[str, Any]) -> State:
                 raise UsageError(f"{file} is no checkpoint of secateur recover.")
             theirs, facts = json.loads(header["identity"]), json.loads(header["facts"])
             check_identity(file, theirs, identity)
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118: not a dict
+            names: list[str] = opened.keys()  # it is no dict, and cannot be iterated itself
+            tensors = {name: opened.get_tensor(name) for name in names}
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         if isinstance(error, UsageError):
             raise

@@ -98,7 +98,7 @@ def train(
         total = 0.0
         for call in range(step * options.accumulate, (step + 1) * options.accumulate):
             loss = loss_of(call) / options.accumulate
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += float(loss.detach())
         norm = float(nn.utils.clip_grad_norm_(parts.values(), options.clip or math.inf))
         if not math.isfinite(total) or not math.isfinite(norm):

@@ -78,7 +78,8 @@ class Recovery:
     """Which weights to end with: last, or best on the held-out windows."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "train", (self.train,) if isinstance(self.train, str) else tuple(self.train))
+        words: str | tuple[str, ...] = self.train
+        object.__setattr__(self, "train", (words,) if isinstance(words, str) else tuple(words))
         if not self.train:
             raise UsageError(f"Nothing would be trained: name one or more of {', '.join(SUBSETS)} (--train).")
         for word in self.train:

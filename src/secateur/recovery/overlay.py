@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class Overlay:
         readers: dict[nn.Module, dict[str, Callable[[], Tensor]]] = {}
         for trainee in self.trainees:
             for module, leaf in trainee.places:
-                readers.setdefault(module, {})[leaf] = lambda trainee=trainee: self.weight(trainee)
+                readers.setdefault(module, {})[leaf] = partial(self.weight, trainee)
         with ExitStack() as undo:
             for module, leaves in readers.items():
                 undo.enter_context(_held(module, leaves) if is_experts(module) else shadowed(module, leaves))
@@ -132,12 +133,16 @@ def shadowed(module: nn.Module, leaves: dict[str, Callable[[], Tensor]]) -> Iter
     ([1.0, 2.0], 1)
     """
     plain: Any = type(module)
-    readers = {leaf: property(lambda self, read=read: read()) for leaf, read in leaves.items()}
+    readers = {leaf: property(partial(_ask, read)) for leaf, read in leaves.items()}
     module.__class__ = type(plain.__name__, (plain,), {"__module__": plain.__module__, **readers})
     try:
         yield
     finally:
         module.__class__ = plain
+
+
+def _ask(read: Callable[[], Tensor], module: nn.Module) -> Tensor:
+    return read()
 
 
 @contextmanager
@@ -159,5 +164,5 @@ def _held(module: nn.Module, leaves: dict[str, Callable[[], Tensor]]) -> Iterato
         finally:
             now.clear()
 
-    with shadowed(module, {leaf: lambda leaf=leaf: read(leaf) for leaf in leaves}), replaced_forward(module, forward):
+    with shadowed(module, {leaf: partial(read, leaf) for leaf in leaves}), replaced_forward(module, forward):
         yield

@@ -6,8 +6,9 @@ over the tokens of a batch; x comes from the dense model or from the recovered b
 or is x itself (`inputs`, `targets`). Each window is trained by the loop that all recovery uses.
 
 The blocks are called with what the model's own forward pass gave them: it runs once, and every call of a block is
-recorded with all its arguments; then only the hidden states are replaced. So nothing here knows an architecture. Where a
-block does not read what the one before gave (the decoder of an encoder-decoder begins), its recorded input is used.
+recorded with all its arguments; then only the hidden states are replaced. So nothing here knows an architecture.
+Where a block does not read what the one before gave (the decoder of an encoder-decoder begins), it gets the input
+that was recorded.
 
 Sources: Zimmer et al. 2023, arXiv:2312.15230, section 4 (a block at a time, inputs and targets from the pruned
 prefix: here inputs and targets pruned); arXiv:2510.14444 (windows of any size do, if they hold a non-linearity; inputs
@@ -150,10 +151,10 @@ def reconstruct(
         leads = dense_stream if options.targets == "dense" else pruned_stream
         if number >= done and parts:
             targets = _through(recorded, span, dense_blocks, leads, options)
-            inside = state if number == done else State(state.identity)
+            inside = _with_all(state if number == done else State(state.identity), overlay, finished)
             trained = _train_window(
-                parts, blocks, recorded, span, inputs, targets, options, checkpoint, _with_all(inside, overlay, finished),
-                progress, f"reconstructing window {number + 1} of {len(spans)}",
+                parts, blocks, recorded, span, inputs, targets, options, checkpoint, inside, progress,
+                f"reconstructing window {number + 1} of {len(spans)}",
             )  # fmt: skip
             finished.append(trained)
         elif number >= done:
