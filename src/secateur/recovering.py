@@ -26,6 +26,7 @@ from secateur.recovery import checkpoint as checkpoints
 from secateur.recovery.adapters import LORA
 from secateur.recovery.keep import check_record, pruned_layers, read_record, zeros
 from secateur.recovery.loop import order, train
+from secateur.recovery.lora import attach, check_lora, detach
 from secateur.recovery.objectives import TextLoss, checkpointed
 from secateur.recovery.options import Recovery
 from secateur.recovery.overlay import Overlay
@@ -151,9 +152,12 @@ class _Job:
         self.found = find(model)
         self.layers, self.warnings = pruned_layers(model, self.found, record)
         _check_dense(options, model, dense)
-        if options.adapter == LORA and "adapters" in options.train:
-            raise UsageError("peft adapters are not here yet")
-        self.trainees, said = find_trainees(model, self.layers, self.found.blocks, options.train)
+        self.lora = options.adapter == LORA and "adapters" in options.train
+        words = [word for word in options.train if not (self.lora and word == "adapters")]
+        if self.lora:
+            check_lora(self.layers)
+            self.warnings.append("the adapters are not merged: that would lose the zeros; they belong to the model")
+        self.trainees, said = find_trainees(model, self.layers, self.found.blocks, words, needed=not self.lora)
         self.warnings += said
         if "all" in options.train:
             self.warnings.append("all parameters are trained, the pruned ones too: the zeros are lost")
@@ -164,9 +168,8 @@ class _Job:
     ) -> RecoverResult:  # fmt: skip
         options, model = self.options, self.model
         started = time.perf_counter()
-        overlay = Overlay(
-            self.trainees, adapter=options.adapter, rank=options.rank, scale=options.scale, seed=options.seed
-        )
+        kind = "masked" if options.adapter == LORA else options.adapter
+        overlay = Overlay(self.trainees, adapter=kind, rank=options.rank, scale=options.scale, seed=options.seed)
         state = checkpoints.State(self._identity(ids, unseen))
         if resume and file is not None:
             state = checkpoints.read(file, state.identity)
@@ -182,18 +185,19 @@ class _Job:
                 seed=options.seed,
             )  # fmt: skip
             measured = {"before": self._look(loss, unseen)}
-            with self._laid(overlay):
+            with self._laid(overlay) as extra:
                 if options.objective == "reconstruct":
                     losses, training = self._reconstruct(overlay, ids, file, state, progress)
                 else:
-                    losses, training = self._train(overlay, loss, ids, unseen, file, state, progress)
+                    losses, training = self._train(overlay.parts | extra, loss, ids, unseen, file, state, progress)
             lost = overlay.merge_()
             measured["after"] = self._look(loss, unseen)
+        counts = ({"adapters": sum(part.numel() for part in extra.values())} if extra else {}) | overlay.counts()
         after = sum(zeros(layer.weight) for layer in self.layers)
         return RecoverResult(
             options=options.to_dict(),
-            trained=overlay.counts(),
-            share=overlay.count() / everything,
+            trained=counts,
+            share=sum(counts.values()) / everything,
             tokens=options.steps * options.accumulate * options.batch_size * ids.shape[1],
             text=about,
             losses=losses,
@@ -207,7 +211,7 @@ class _Job:
         )  # fmt: skip
 
     def _train(
-        self, overlay: Overlay, loss: TextLoss, ids: Tensor, unseen: Tensor | None, file: Path | None,
+        self, parts: dict[str, nn.Parameter], loss: TextLoss, ids: Tensor, unseen: Tensor | None, file: Path | None,
         state: checkpoints.State, progress: Progress,
     ) -> tuple[dict[str, Any], float]:  # fmt: skip
         options = self.options
@@ -221,7 +225,7 @@ class _Job:
             return _mean(self._look(loss, unseen))
 
         trained = train(
-            overlay.parts, loss_of, options, look=look, checkpoint=file, state=state, progress=progress,
+            parts, loss_of, options, look=look, checkpoint=file, state=state, progress=progress,
             what=f"recovering ({options.objective})",
         )  # fmt: skip
         losses = {"first": trained.losses[0], "last": trained.losses[-1], "steps": trained.losses}
@@ -244,9 +248,18 @@ class _Job:
         return losses | {"windows": [window.losses for window in windows]}, sum(window.seconds for window in windows)
 
     @contextmanager
-    def _laid(self, overlay: Overlay) -> Iterator[None]:
-        with overlay.open(), checkpointed(self.found.blocks if self.options.gradient_checkpointing else {}):
-            yield
+    def _laid(self, overlay: Overlay) -> Iterator[dict[str, nn.Parameter]]:
+        """Everything that is trained stands in the model; yields what peft adds to the overlay."""
+        options, extra = self.options, dict[str, nn.Parameter]()
+        with overlay.open(), checkpointed(self.found.blocks if options.gradient_checkpointing else {}):
+            try:
+                if self.lora:
+                    extra = attach(self.model, self.layers, options.rank, options.scale, options.seed)
+                yield extra
+            except BaseException:
+                if self.lora:
+                    detach(self.model)
+                raise
 
     def _look(self, loss: TextLoss, unseen: Tensor | None) -> list[float]:
         return [] if unseen is None else loss.held_out(unseen, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,9 @@ import tyro
 from secateur.cli.options import given, parse
 from secateur.cli.output import STDOUT, check_json, percent, print_table, provenance, size, warn, write_json
 from secateur.cli.progress_bar import ProgressBar, duration
-from secateur.cli.request import check_count, check_device, check_dtype, open_model
+from secateur.cli.request import Opened, check_count, check_device, check_dtype, open_model
 from secateur.errors import UsageError
+from secateur.models.cache import scratch_beside
 from secateur.recovery.options import Recovery
 
 _UNSET = ""
@@ -75,7 +77,7 @@ def run(words: list[str]) -> int:
     options = parse(RecoverOptions, words, verb="recover")
     asked, dense_name = _recovery(options, words)
     pruned, checkpoint = _check(options)
-    from secateur.models.save import check_target, save
+    from secateur.models.save import check_target
     from secateur.recovering import recover, with_recovery
 
     with ProgressBar() as progress:
@@ -109,8 +111,7 @@ def run(words: list[str]) -> int:
         for message in result.warnings:
             warn(message)
         if options.out is not None:
-            folder = save(opened.model, opened.tokenizer, options.out, record=record, overwrite=options.overwrite)
-            record["saved"] = str(folder)
+            record["saved"] = str(_save(opened, options, record))
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)  # what it was for is done
     if options.json:
@@ -167,6 +168,26 @@ def _check(options: RecoverOptions) -> tuple[dict[str, Any], Path | None]:
     record = read_record(Path(options.model).expanduser())
     read_text(options.text, "calibration")
     return record, checkpoint
+
+
+def _save(opened: Opened, options: RecoverOptions, record: Mapping[str, Any]) -> Path:
+    """The model's folder; peft's adapters stand in a folder of their own inside it."""
+    from tempfile import TemporaryDirectory
+
+    from secateur.models.save import save
+    from secateur.recovery.lora import FOLDER, detach, save_adapters
+
+    assert options.out is not None
+    how: dict[str, Any] = {"record": record, "overwrite": options.overwrite}
+    if not hasattr(opened.model, "peft_config"):
+        return save(opened.model, opened.tokenizer, options.out, **how)
+    with TemporaryDirectory() as aside:
+        adapters = save_adapters(opened.model, Path(aside) / FOLDER)
+        detach(opened.model)
+        folder = save(opened.model, opened.tokenizer, options.out, **how)
+        with scratch_beside(folder / FOLDER) as scratch:
+            shutil.copytree(adapters, scratch / FOLDER).rename(folder / FOLDER)
+    return folder
 
 
 def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -40,12 +40,8 @@ class Overlay:
             for name, tensor in fresh.items():
                 self.parts[name] = nn.Parameter(tensor.to(own.device).contiguous())
 
-    def count(self) -> int:
-        """Numbers that are trained. Of `kept`, only the kept ones."""
-        return sum(self._count(trainee) for trainee in self.trainees)
-
     def counts(self) -> dict[str, int]:
-        """The same by subset."""
+        """Numbers that are trained, by subset. Of `kept`, only the kept ones."""
         found: dict[str, int] = {}
         for trainee in self.trainees:
             found[trainee.subset] = found.get(trainee.subset, 0) + self._count(trainee)

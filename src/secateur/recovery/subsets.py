@@ -52,7 +52,12 @@ class Trainee:
 
 
 def find_trainees(
-    model: nn.Module, layers: Sequence[Layer], blocks: dict[str, nn.Module], train: Sequence[str]
+    model: nn.Module,
+    layers: Sequence[Layer],
+    blocks: dict[str, nn.Module],
+    train: Sequence[str],
+    *,
+    needed: bool = True,
 ) -> tuple[list[Trainee], list[str]]:
     """The parameters that `train` names, each once, in the order of the model, and what the user should know.
 
@@ -61,6 +66,7 @@ def find_trainees(
         layers: its pruned layers, as its record names them.
         blocks: its blocks by name.
         train: keys of `SUBSETS`.
+        needed: whether there must be any.
 
     Raises:
         UsageError: the model has none of what was asked for.
@@ -80,7 +86,7 @@ def find_trainees(
                 found[key] = Trainee(names[key], word, how, parameter, tuple(places[key]), held)
         if not chosen:
             warnings.append(f"{type(model).__name__} has no {word}: nothing of that name is trained")
-    if not found:
+    if needed and not found:
         raise UsageError(
             f"{type(model).__name__} has nothing of --train {' '.join(train)}: name others of {', '.join(SUBSETS)}."
         )
