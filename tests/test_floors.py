@@ -10,22 +10,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = (  # from the ground up; a room is a folder, or the files that make one thing together
     ("errors", "progress"),
-    (
-        "masks",
-        "soft_masks",
-        "registry",
-        "statistics factor",
-        "divergence",
-        "coroutines",
-        "memory",
-        "parallel",
-        "kernels",
-    ),
+    ("masks", "soft_masks", "registry", "statistics factor")  # one row, in two
+    + ("divergence", "coroutines", "memory", "parallel", "kernels"),
     ("models", "data"),
     ("walk scout blocks gradients view", "allocation"),
     ("methods", "refinements", "attention", "recovery", "evaluate"),
     ("safety",),
-    ("pruning planning job inputs result comparison", "recipe", "run", "report"),
+    ("pruning planning job inputs result comparison recovering iterative", "recipe", "run", "report"),
     ("cli __main__",),
     ("__init__",),
 )

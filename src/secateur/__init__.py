@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from secateur.models.save import save
     from secateur.planning import plan
     from secateur.pruning import prune
+    from secateur.recovering import recover
+    from secateur.recovery.options import Recovery
 
 __version__ = "0.1.0"
 
@@ -71,6 +73,8 @@ _HOME = {
     "models.save": ("save",),
     "planning": ("plan",),
     "pruning": ("prune",),
+    "recovering": ("recover",),
+    "recovery.options": ("Recovery",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -81,6 +85,7 @@ __all__ = [
     "Magnitude",
     "Method",
     "Owl",
+    "Recovery",
     "SecateurError",
     "SparseGPT",
     "Table",
@@ -102,6 +107,7 @@ __all__ = [
     "prune",
     "read_instructions",
     "read_text",
+    "recover",
     "save",
     "sparsity",
     "tasks",

@@ -25,6 +25,7 @@ from secateur.errors import SecateurError, UnknownName
 
 VERBS = {  # verb: (module of this folder, one line)
     "prune": ("prune", "remove weights from a model and save it"),
+    "recover": ("recover", "train a pruned model back, keeping its zeros"),
     "evaluate": ("evaluate", "perplexity, fidelity to the dense model, sparsity"),
     "compare": ("compare", "which text to calibrate with: several, all else equal"),
     "list": ("listing", "methods, patterns, allocations, texts and models, with their sources"),
@@ -42,6 +43,7 @@ verbs:
 
 examples:
   secateur prune smollm2 --method wanda --sparsity 0.5 --calibration gutenberg --out pruned/
+  secateur recover pruned/ --train adapters norms biases --text gutenberg --out recovered/
   secateur evaluate pruned/ --against smollm2 --text gutenberg
   secateur list methods
 """

@@ -1,0 +1,1 @@
+"""Recovery: training a pruned model back without losing its zeros."""
