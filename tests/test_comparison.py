@@ -151,3 +151,18 @@ def test_a_method_without_data_may_have_an_allocation_that_reads(tokenizer) -> N
         windows=2, sparsity=0.5, allocation=Owl(),
     )  # fmt: skip
     assert len(found.results) == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mamba", "mixtral"])
+def test_padding_is_never_counted_whatever_runs_together(family, tokenizer) -> None:
+    """Batches of one hold no padding; batches of many do, and prune the same weights."""
+    keeps = []
+    for batch_size in (1, 5):
+        model = make(family)
+        drawn = calibration(tokenizer, talk(), 6, 16, model=model)
+        result = prune(model, Wanda(), drawn, sparsity=0.5, batch_size=batch_size, schedule="oneshot")
+        called = [layer for layer in result.layers if layer.tokens and "experts" not in layer.name]
+        assert {layer.tokens for layer in called} == {96} and result.calibration == drawn.record
+        keeps.append([parameter != 0 for parameter in model.parameters()])
+    differ = sum(int((a != b).sum()) for a, b in zip(*keeps, strict=True))
+    assert differ <= 0.002 * sum(keep.numel() for keep in keeps[0])  # ties in rounding

@@ -50,11 +50,14 @@ def test_the_demo_measures_every_method_and_writes_the_page(demo, folder, tmp_pa
         assert run["evaluate"]["sparsity"]["layers"] == (0.5 if run["prune"] else 0.0)
     for run in runs[1:]:
         assert 0 < run["evaluate"]["fidelity"]["js_divergence"] < 0.7
+        assert run["evaluate"]["fidelity"]["js_quantiles"]["max"] >= run["evaluate"]["fidelity"]["js_divergence"]
+        assert {probe["dense_tokens"] > 0 for probe in run["evaluate"]["generation"]["probes"]} == {True}
         assert len(run["errors"]) == 14 and all(layer["relative_error"] > 0 for layer in run["errors"])
     html = (tmp_path / "out" / "index.html").read_text()
     printed = capsys.readouterr().out
     for method in METHODS:
         assert method in html and method in printed
+    assert html.count("What the models write") == 1
     assert html.count("<figure>") >= 7  # one kind of layer each
 
 

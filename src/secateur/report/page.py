@@ -48,7 +48,8 @@ HEADS = (
 )
 
 MEASURES = """± is one standard error, over windows. JS and KL: how far the next-token predictions lie from the dense
-model’s, per token, in nats (JS is at most 0.693). Top-1: how often both models put the same token first."""
+model’s, per token, in nats (JS is at most 0.693; under “99 %” stands the value that one token in a hundred exceeds).
+Top-1: how often both models put the same token first."""
 
 NOT_COMPARABLE = """These perplexities were not measured on the same tokens (the text, its hash, the window
 length or the number of tokens differ): do not compare them with each other."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -21,7 +22,7 @@ def probe_section(runs: Sequence[Run], labels: Sequence[str]) -> str:
     found: dict[tuple[str, bool, str], list[tuple[str, int | None, Mapping[str, Any]]]] = {}
     for run, label, style in zip(runs, labels, colours(runs), strict=True):
         for probe in dig(run, "evaluate", "generation", "probes") or ():
-            key = str(probe.get("prompt", "")), bool(probe.get("chat")), str(probe.get("dense", ""))
+            key = str(probe.get("prompt", "")), bool(probe.get("chat")), _tidy(probe.get("dense"))
             found.setdefault(key, []).append((label, style, probe))
     if not found:
         return ""
@@ -29,11 +30,11 @@ def probe_section(runs: Sequence[Run], labels: Sequence[str]) -> str:
     parts = [f"<h2>What the models write</h2><p>{INTRO} At most {int(most)} tokens each.</p>"]
     for (prompt, chat, dense), theirs in found.items():
         kind = ' <span class="kind">through the chat template</span>' if chat else ""
-        rows = [_row("dense", None, _clip(dense), 0)]
+        rows = [_row("dense", None, dense, 0)]
         for label, style, probe in theirs:
-            text = str(probe.get("pruned", ""))
+            text = _tidy(probe.get("pruned"))
             same = len(text) if probe.get("first_difference") is None else _shared(dense, text)
-            rows.append(_row(label, style, _clip(text), same, _note(probe)))
+            rows.append(_row(label, style, text, same, _note(probe)))
         parts.append(f'<div class="probe"><h3>{escape(prompt)}{kind}</h3><dl>{"".join(rows)}</dl></div>')
     return f"<section>{''.join(parts)}</section>"
 
@@ -50,12 +51,14 @@ def _note(probe: Mapping[str, Any]) -> str:
     first = probe.get("first_difference")
     if first is None:
         return "the same as the dense model"
-    return f"differs after {first} token{'' if first == 1 else 's'}"
+    return f"differs after {first} token{'' if first == 1 else 's'}" if first else "differs at once"
 
 
 def _shared(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _clip(text: str) -> str:
-    return text if len(text) <= MOST else text[:MOST] + " …"
+def _tidy(text: Any) -> str:
+    """Without the empty lines that only make a page longer."""
+    tidy = re.sub(r"\n\s*\n\s*\n", "\n\n", str(text or "")).strip("\n").rstrip()
+    return tidy if len(tidy) <= MOST else tidy[:MOST] + " …"
