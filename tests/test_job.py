@@ -18,8 +18,11 @@ from secateur.methods.magnitude import Magnitude
 from secateur.methods.sparsegpt import SparseGPT
 from secateur.methods.wanda import Wanda
 from secateur.pruning import prune
+from secateur.refinements.refit import Refit
+from secateur.refinements.swap import Swap
 from secateur.result import Coverage
 from secateur.scout import scout
+from secateur.statistics import Gram, SecondMoment
 
 MODEL = Unstructured("model")
 
@@ -37,6 +40,8 @@ MODEL = Unstructured("model")
         ({"pattern": MODEL}, InvalidParameter, "'sparsity' of prune"),
         ({"sparsity": 0.5, "schedule": "sequental"}, UnknownName, "Did you mean 'sequential'"),
         ({"sparsity": 0.5, "uncalled": "skip"}, InvalidParameter, "'dense' or 'magnitude'. Got 'skip'"),
+        ({"sparsity": 0.5, "refine": (Refit,)}, InvalidParameter, "'refine' of prune must be a sequence of refine"),
+        ({"sparsity": 0.5, "refine": (Swap(),), "pattern": Unstructured("column")}, UsageError, "counts per column"),
         ({"allocation": Owl()}, UsageError, "owl allocation needs a sparsity"),
         ({"allocation": Table((("mlp", 0.1),))}, UsageError, "names no sparsity for .*q_proj"),
         ({"sparsity": 0.5, "allocation": Table((("mlp", 0.1), ("x", 0.1)))}, UsageError, "'x' matches none"),
@@ -61,6 +66,8 @@ def test_refused(more: dict[str, object], error: type[Exception], said: str) -> 
         (SparseGPT(), {"pattern": MODEL, "sparsity": 0.5}, "sequential", 0.5),
         (SparseGPT(), {"pattern": MODEL, "sparsity": 0.5, "schedule": "block"}, "block", 0.5),
         (Magnitude(), {"sparsity": 0}, "sequential", 0.0),
+        (Wanda(), {"pattern": MODEL, "sparsity": 0.5, "refine": (Refit(),)}, "sequential", 0.5),
+        (Wanda(), {"pattern": MODEL, "sparsity": 0.5, "refine": (Refit(),), "schedule": "block"}, "block", 0.5),
     ],
 )
 def test_accepted(method: Method, more: dict[str, object], schedule: str, sparsity: float) -> None:
@@ -68,6 +75,28 @@ def test_accepted(method: Method, more: dict[str, object], schedule: str, sparsi
     assert (job.schedule, job.sparsity) == (schedule, sparsity)
     assert job.pattern == more.get("pattern", method.native)
     assert job.needs_data == (method != Magnitude())
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "needs"),
+    [
+        (Magnitude(), {}, ()),
+        (Magnitude(), {"refine": (Refit(), Swap())}, (Gram,)),
+        (Wanda(), {"refine": (Refit(),)}, (SecondMoment, Gram)),
+        (Wanda(), {"refine": (Refit(),), "pattern": MODEL}, (Gram,)),
+        (Wanda(), {"pattern": MODEL}, (SecondMoment,)),
+        (SparseGPT(), {"refine": (Refit(),), "pattern": MODEL}, (Gram,)),
+    ],
+)
+def test_what_the_walk_collects(method: Method, more: dict[str, object], needs: tuple[type, ...]) -> None:
+    job = check_job(make("llama"), method, sparsity=0.5, **more)  # type: ignore[arg-type]
+    assert job.needs == needs
+    assert job.needs_data == bool(needs)
+
+
+def test_a_refinement_asks_for_data() -> None:
+    with pytest.raises(UsageError, match="refit needs calibration data"):
+        prune(make("llama"), Magnitude(), sparsity=0.5, refine=(Refit(),))
 
 
 def test_the_width_is_checked_of_chosen_layers_only() -> None:

@@ -18,6 +18,8 @@ from secateur.methods.sparsegpt import SparseGPT
 from secateur.methods.wanda import Wanda
 from secateur.planning import plan
 from secateur.pruning import prune
+from secateur.refinements.refit import Refit
+from secateur.refinements.swap import Swap
 
 MODEL = Unstructured("model")
 
@@ -46,6 +48,12 @@ def test_nothing_changes(name: str, family: str) -> None:
         ("llama", Wanda(), {"pattern": MODEL}, 1),
         ("llama", SparseGPT(), {"pattern": MODEL}, 2),
         ("llama", SparseGPT(), {"pattern": MODEL, "schedule": "block"}, 3),
+        ("llama", Magnitude(), {"refine": (Refit(),)}, 1),
+        ("llama", Magnitude(), {"refine": (Refit(),), "pattern": MODEL}, 1),
+        ("llama", Wanda(), {"refine": (Swap(), Refit()), "schedule": "block"}, 2),
+        ("llama", Wanda(), {"refine": (Refit(),), "pattern": MODEL}, 2),
+        ("llama", SparseGPT(), {"refine": (Refit(),), "pattern": MODEL}, 2),
+        ("albert", Magnitude(), {"refine": (Refit(),)}, 2),
         ("albert", Wanda(), {}, 2),
         ("albert", Wanda(), {"schedule": "block"}, 3),
         ("albert", Wanda(), {"schedule": "oneshot"}, 1),
@@ -56,8 +64,8 @@ def test_passes_are_those_of_the_run(family: str, method: Method, more: dict[str
     done = prune(make(family), method, ids(), sparsity=0.5, **more)  # type: ignore[arg-type]
     assert planned.passes == done.passes == passes
     assert planned.tokens == (96 if passes else 0)
-    assert (planned.schedule, planned.pattern, planned.method, planned.allocation) == (
-        done.schedule, done.pattern, done.method, done.allocation,
+    assert (planned.schedule, planned.pattern, planned.method, planned.allocation, planned.refine) == (
+        done.schedule, done.pattern, done.method, done.allocation, done.refine,
     )  # fmt: skip
 
 

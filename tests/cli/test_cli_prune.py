@@ -64,6 +64,37 @@ def test_options_reach_the_engine(prune):
     assert math.isclose(record["sparsity"]["layers"], 0.25, abs_tol=0.01)
 
 
+@pytest.mark.parametrize(
+    ("words", "refine"),
+    [
+        (("--refit",), [("refit", 12)]),
+        (("--refine", "swap", "refit", "--refit.iterations", 3), [("swap", None), ("refit", 3)]),
+        (("--refine", "swap", "--refit"), [("swap", None), ("refit", 12)]),
+    ],
+)
+def test_refinements_in_their_order(prune, here, words, refine):
+    ran = prune("--sparsity", 0.5, "--method", "magnitude", *words, "--json", "r.json")
+    assert ran.code == 0, ran.err
+    record = json.loads((here / "r.json").read_text())
+    assert [(one["name"], one.get("iterations")) for one in record["refine"]] == refine
+    assert "magnitude + " + " + ".join(name for name, _ in refine) in ran.out and "mean output error" in ran.out
+    assert all(layer["output_error"]["after"] < layer["output_error"]["before"] for layer in record["layers"])
+    assert record["calibration"]["samples"] == 8 and record["command"][-len(words) - 2] == str(words[0])
+
+
+def test_refinements_that_cannot_be(prune):
+    assert (
+        "There is no refinement 'swp'. Did you mean 'swap'?"
+        in prune("--sparsity", 0.5, "--refine", "swp", "--json", "-").error
+    )
+    ran = prune("--sparsity", 0.5, "--refine", "swap", "--refit.iterations", 3, "--json", "-")
+    assert ran.code == 2 and "options of the refinement refit, but --refine is swap" in ran.error
+    ran = prune("--sparsity", 0.5, "--swap.rounds", 3, "--json", "-")
+    assert ran.code == 2 and "--refine is not given: leave them out, or choose --refine swap." in ran.error
+    ran = prune("--sparsity", 0.5, "--pattern", "column", "--refine", "swap", "--json", "-")
+    assert ran.code == 2 and "counts per column" in ran.error
+
+
 def test_a_table_says_each_layers_sparsity(prune, here):
     table = here / "table.json"
     table.write_text('{"*.q_proj": 0.25, "*": 0.5}')

@@ -69,8 +69,9 @@ def test_single_precision_never_ends_above_its_start() -> None:
         before = layer.weight.clone()
         refined = Refit(iterations=200, tolerance=0.0).refine(layer, w0, keep, Unstructured("row"))
         assert torch.isfinite(layer.weight).all() and (refined.after <= refined.before).all()
-        stayed = refined.after == refined.before
-        assert torch.equal(layer.weight[stayed], before[stayed])
+        true = [output_error(w.double(), w0.double(), x.double()) for w in (before, layer.weight)]
+        scale = output_error(0 * w0.double(), w0.double(), x.double())
+        assert (true[1] <= true[0] + 1e-5 * scale).all()
 
 
 def test_dead_inputs_and_rows_without_an_error_stay() -> None:

@@ -42,7 +42,8 @@ def test_it_ends_where_no_exchange_helps(how: str, per: str) -> None:
         assert (refined.keep.reshape(-1, pattern.m).sum(1) == pattern.n).all()
     came, stayed = refined.keep & ~keep, refined.keep & keep
     assert torch.equal(layer.weight[came], w0[came])  # at their dense value
-    assert torch.equal(layer.weight[stayed], start[stayed]) and not layer.weight[~refined.keep].any()
+    same = (layer.weight == start) | (layer.weight == w0)  # one that went may come back
+    assert same[stayed].all() and not layer.weight[~refined.keep].any()
     before, after = output_error(start, w0, x), output_error(layer.weight, w0, x)
     assert (after <= before).all() and after.sum() <= (0.9 if how == "wanda" else 1.0) * before.sum()
     torch.testing.assert_close(refined.before, before)

@@ -68,7 +68,11 @@ class Refit(Refinement):
         return Refined(keep, *map(torch.cat, zip(*errors, strict=True)))
 
     def _solve(self, h: Tensor, change: Tensor, keep: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
-        """Improve `change`, the scaled w - w0, in place; the rows' output errors before and after, (rows, 1)."""
+        """Improve `change`, the scaled w - w0, in place; the rows' output errors before and after, (rows, 1).
+
+        After is inf where rounding leaves open whether the error fell.
+        """
+        rounding = 4 * torch.finfo(h.dtype).eps * len(h) ** 0.5  # curvatures of H below it are no more than that
         product = change @ h
         before = _dot(change, product) - _dot(change * ridge, change)
         residual = product.neg().mul_(keep)
@@ -80,13 +84,16 @@ class Refit(Refinement):
                 break
             torch.mm(step, h, out=product)
             curvature = _dot(step, product)
-            length = torch.where((curvature > 0) & (square > enough), square / curvature, 0.0)
+            firm = curvature > rounding * _dot(step, step)
+            length = torch.where(firm & (square > enough), square / curvature, 0.0)
             change.addcmul_(step, length)
             residual.addcmul_(product.mul_(keep), length, value=-1)
             previous, square = square, _dot(residual, residual)
             step.mul_(torch.where(previous > 0, square / previous, 0.0)).add_(residual)
         torch.mm(change, h, out=product)
-        return before, _dot(change, product) - _dot(change * ridge, change)
+        after = _dot(change, product) - _dot(change * ridge, change)
+        sure = after + rounding * _dot(change, change) <= before
+        return before, torch.where(sure, after, torch.inf)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
