@@ -10,6 +10,7 @@ other than log-likelihoods, run as the harness runs them.
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -108,6 +109,7 @@ def _harness() -> Iterator[Any]:
         stack.enter_context(quiet("lm_eval", "datasets", "huggingface_hub"))
         for module in (lm_eval.api.task, lm_eval.api.model):
             stack.enter_context(_without_bars(module))
+        stack.callback(random.setstate, random.getstate())  # the harness draws from the global generator
         yield lm_eval
 
 

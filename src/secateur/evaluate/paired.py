@@ -62,8 +62,8 @@ class TaskComparison:
         worst = min(self.tasks, key=lambda task: task.difference)
         total = sum(task.n for task in self.tasks)
         return (
-            f"mean {self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]; of {total} items {self.gained} gained, "
-            f"{self.lost} lost, "
+            f"mean {self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]; "
+            f"of {total} items {self.gained} gained, {self.lost} lost, "
             f"McNemar p = {self.p:.2g}; lowest: {worst}"
         )
 
