@@ -11,9 +11,9 @@ import pytest
 import secateur
 
 PUBLIC = [
-    "NM", "RIA", "Magnitude", "Method", "Owl", "Recovery", "SecateurError", "SparseGPT", "Table", "Uniform", "Unstructured",
-    "Wanda", "calibration", "fidelity", "find_layers", "find_methods", "layer_errors", "load", "perplexity", "plan",
-    "prune", "read_text", "recover", "save", "sparsity",
+    "NM", "RIA", "Magnitude", "Method", "Owl", "Recovery", "SecateurError", "SparseGPT", "Table", "Uniform",
+    "Unstructured", "Wanda", "calibration", "fidelity", "find_layers", "find_methods", "layer_errors", "load",
+    "perplexity", "plan", "prune", "read_text", "recover", "save", "sparsity",
 ]  # fmt: skip
 # the example of these stands where they are used: a contract, a root of errors, and what needs a model first
 WITHOUT_EXAMPLE = {"Method", "SecateurError", "SparseGPT", "save"}
