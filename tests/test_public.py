@@ -11,10 +11,11 @@ import pytest
 import secateur
 
 PUBLIC = [
-    "NM", "RIA", "DensePredictions", "Magnitude", "Method", "Owl", "Recovery", "SecateurError", "SparseGPT", "Table",
-    "Uniform", "Unstructured", "Wanda", "calibration", "compare_calibrations", "compare_tasks", "fidelity",
-    "find_layers", "find_methods", "generation", "layer_errors", "load", "measure", "perplexity", "plan", "prune",
-    "read_instructions", "read_text", "recover", "save", "sparsity", "tasks",
+    "BESA", "GBLM", "NM", "RIA", "Alpha", "DensePredictions", "Descent", "Magnitude", "Method", "Owl", "Recovery", "Refit",
+    "SecateurError", "SparseGPT", "Swap", "Table", "Uniform", "Unstructured", "Wanda", "calibration",
+    "compare_calibrations", "compare_tasks", "fidelity", "find_layers", "find_methods", "generation", "layer_errors",
+    "load", "measure", "perplexity", "plan", "prune", "read_instructions", "read_text", "recover", "save", "sparsity",
+    "tasks",
 ]  # fmt: skip
 # the example of these stands where they are used: a contract, a root of errors, and what needs a model first
 WITHOUT_EXAMPLE = {"Method", "SecateurError", "SparseGPT", "save"}

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from secateur.allocation import Owl, Table, Uniform
+    from secateur.allocation.alpha import Alpha
+    from secateur.allocation.descent import Descent
     from secateur.comparison import compare_calibrations
     from secateur.data.calibration import calibration
     from secateur.data.instructions import read_instructions
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     )
     from secateur.masks import NM, Unstructured
     from secateur.methods import Method, find_methods
+    from secateur.methods.besa import BESA
+    from secateur.methods.gblm import GBLM
     from secateur.methods.magnitude import Magnitude
     from secateur.methods.ria import RIA
     from secateur.methods.sparsegpt import SparseGPT
@@ -41,11 +45,15 @@ if TYPE_CHECKING:
     from secateur.pruning import prune
     from secateur.recovering import recover
     from secateur.recovery.options import Recovery
+    from secateur.refinements.refit import Refit
+    from secateur.refinements.swap import Swap
 
 __version__ = "0.1.0"
 
 _HOME = {
     "allocation": ("Owl", "Table", "Uniform"),
+    "allocation.alpha": ("Alpha",),
+    "allocation.descent": ("Descent",),
     "comparison": ("compare_calibrations",),
     "data.calibration": ("calibration",),
     "data.instructions": ("read_instructions",),
@@ -64,6 +72,8 @@ _HOME = {
     ),
     "masks": ("NM", "Unstructured"),
     "methods": ("Method", "find_methods"),
+    "methods.besa": ("BESA",),
+    "methods.gblm": ("GBLM",),
     "methods.magnitude": ("Magnitude",),
     "methods.ria": ("RIA",),
     "methods.sparsegpt": ("SparseGPT",),
@@ -73,21 +83,29 @@ _HOME = {
     "models.save": ("save",),
     "planning": ("plan",),
     "pruning": ("prune",),
+    "refinements.refit": ("Refit",),
+    "refinements.swap": ("Swap",),
     "recovering": ("recover",),
     "recovery.options": ("Recovery",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "BESA",
+    "GBLM",
     "NM",
     "RIA",
+    "Alpha",
     "DensePredictions",
+    "Descent",
     "Magnitude",
     "Method",
     "Owl",
     "Recovery",
+    "Refit",
     "SecateurError",
     "SparseGPT",
+    "Swap",
     "Table",
     "Uniform",
     "Unstructured",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RECORD = "pruning.json"
-OWN_FOLDERS = {"additional_chat_templates"}  # the only folder that a tokenizer writes
+OWN_FOLDERS = {"additional_chat_templates", "adapter"}  # what a tokenizer writes, and secateur recover
 
 
 def save(
@@ -213,6 +213,10 @@ def _facts(record: Mapping[str, Any], method: str) -> Iterator[tuple[str, str]]:
         sizes = f"{text.get('samples', '?')} x {text.get('seqlen', '?')} tokens, seed {text.get('seed', '?')}"
         yield "calibration", _cell(f"{text.get('text', 'given as token ids')}, {sizes}")
         yield "calibration SHA-256", _cell(text.get("sha256", "unknown"))
+    for done in record.get("recovery") or ():
+        what, share, lost = done.get("trained") or {}, done.get("share"), (done.get("zeros") or {}).get("lost")
+        shown = "" if share is None else f", {100 * share:.2f} % of all parameters"
+        yield "trained back", _cell(f"{', '.join(what)}{shown}; zeros lost: {lost}")
     if record.get("command"):
         yield "command", f"`{_cell(record['command'])}`"
     if versions := record.get("versions"):

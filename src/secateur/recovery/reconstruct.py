@@ -133,6 +133,7 @@ def reconstruct(
     owned = [_parts(overlay, {names[i] for i in span}) for span in spans]
     if not any(owned):
         raise UsageError(f"There is nothing of --train {' '.join(options.train)} inside the blocks.")
+    _check_bent(recorded[0], spans, dense_blocks)
     dense_stream: Stream = [torch.empty(0)] * len(recorded)
     pruned_stream = list(dense_stream)
     finished: list[Trained] = []
@@ -145,8 +146,6 @@ def reconstruct(
     for number, (span, parts) in enumerate(zip(spans, owned, strict=True)):
         dense_stream = [_enter(calls[span.start], x) for calls, x in zip(recorded, dense_stream, strict=True)]
         pruned_stream = [_enter(calls[span.start], x) for calls, x in zip(recorded, pruned_stream, strict=True)]
-        if number == 0 or len(span) < options.window:
-            _check_bent(recorded[0], span, dense_blocks, dense_stream[0])
         inputs = dense_stream if options.inputs == "dense" else pruned_stream
         leads = dense_stream if options.targets == "dense" else pruned_stream
         if number >= done and parts:
@@ -213,11 +212,15 @@ def _through(
 
 
 @torch.no_grad()
-def _check_bent(calls: list[Call], span: range, blocks: Mapping[str, nn.Module], x: Tensor) -> None:
+def _check_bent(calls: list[Call], spans: Sequence[range], blocks: Mapping[str, nn.Module]) -> None:
     """f(x + d) + f(x - d) is 2 f(x) for every d only if the window is one matrix (and a bias)."""
-    step = x.roll(1, dims=1) - x
-    ahead, here, back = (_run(calls, span, blocks, x + t * step, Recovery()).double() for t in (1, 0, -1))
-    bend, reach = (ahead + back - 2 * here).norm(), (ahead - back).norm()
-    if bend <= AFFINE * reach:
-        names = " ".join(dict.fromkeys(calls[i].block for i in span))
-        raise UsageError(f"The window of {names} has no non-linearity, it is one matrix: take a larger --window.")
+    plain, x = Recovery(), torch.empty(0)
+    for span in spans:
+        x = _enter(calls[span.start], x)
+        step = x.roll(1, dims=1) - x
+        ahead, here, back = (_run(calls, span, blocks, x + t * step, plain) for t in (1, 0, -1))
+        bend = (ahead.double() + back.double() - 2 * here.double()).norm()
+        if bend <= AFFINE * (ahead.double() - back.double()).norm():
+            names = " ".join(dict.fromkeys(calls[i].block for i in span))
+            raise UsageError(f"The window of {names} has no non-linearity, it is one matrix: take a larger --window.")
+        x = here
