@@ -208,7 +208,7 @@ ROWS = {
         "ctx_b": "the painter", "endings": ["dips [substeps] it.", " sleeps.", "[title] goes", "cuts it"], "label": "1",
     },
     "mrpc": {"sentence1": "It rains .", "sentence2": "Rain falls .", "label": 1},
-    "openbookqa": {"question_stem": "Suns are", "choices": {"text": ["hot", "ice"], "label": ["A", "B"]}, "answerKey": "A"},
+    "openbookqa": {"question_stem": "Suns", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"},
     "piqa": {"goal": "Cut {{bread}}.", "sol1": "Use a knife.", "sol2": "Use a spoon.", "label": 0},
     "rte": {"sentence1": "It rains.", "sentence2": "It is wet.", "label": 0},
     "sst2": {"sentence": "a charming journey . ", "label": 1},
