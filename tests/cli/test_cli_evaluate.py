@@ -82,14 +82,55 @@ def test_a_broken_pruning_record_is_a_warning(evaluate, pruned, tmp_path):
     assert ran.code == 0 and "secateur: warning:" in ran.err and "pruning.json cannot be read" in ran.err
 
 
+@pytest.fixture
+def questions(here):
+    rows = [{"question": f"w{i} w2", "choices": ["w3", f"w4 w{i}"], "answer": i % 2} for i in range(12)]
+    (here / "q.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return "q.jsonl"
+
+
+def test_tasks_alone(evaluate, questions):
+    ran = evaluate("--measures", "tasks", "--tasks", questions, "--json", "-")
+    assert ran.code == 0, ran.err
+    task = ran.record["tasks"]["tasks"][0]
+    assert (task["name"], task["metric"], task["n"]) == ("q", "acc_norm", 12) and len(task["sha256"]) == 64
+    assert 0 <= ran.record["tasks"]["mean"] <= 1 and ran.record["tasks"]["stderr"] > 0
+    assert "against" not in ran.record["tasks"] and "perplexity" not in ran.record
+
+
+def test_tasks_against_the_dense_model(evaluate, dense, questions):
+    ran = evaluate("--measures", "tasks", "--tasks", questions, "--limit", 10, "--against", dense, "--json", "r.json")
+    assert ran.code == 0, ran.err
+    record = json.loads(ran.left["r.json"])["tasks"]
+    against = record["against"]
+    assert record["mean"] - against["dense"]["mean"] == pytest.approx(against["mean"])
+    assert record["tasks"][0]["n"] == against["tasks"][0]["n"] == 10
+    assert against["low"] <= against["mean"] <= against["high"] and 0 <= against["p"] <= 1
+    assert "McNemar p" in ran.out and "dense tasks" in ran.out and "q.jsonl" not in ran.err
+
+
+def test_tasks_are_measured_only_on_request(evaluate, dense, monkeypatch):
+    monkeypatch.setattr("secateur.cli.evaluate._tasks", lambda *a: pytest.fail("measured tasks"))
+    assert evaluate("--against", dense).code == 0
+
+
+def test_a_wrong_task_is_told_before_a_model_is_loaded(evaluate, questions, monkeypatch):
+    monkeypatch.setattr("secateur.cli.evaluate.open_model", lambda *a, **k: pytest.fail("loaded a model"))
+    ran = evaluate("--measures", "tasks", "--tasks", f"{questions}:answer=right")
+    assert ran.code == 1 and "Row 1 of 'q.jsonl' has no column 'right'" in ran.error
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         ("--measures fidelity", "name it with --against DENSE"),
-        (
-            "--measures sparsity --against x",
-            "Only fidelity and generation use --against: leave it out, or add fidelity",
-        ),
+        ("--measures sparsity --against x", "Only fidelity, generation and tasks use --against: leave it out, or add"),
+        ("--measures sparsity --tasks piqa", "Only the measure tasks uses --tasks: leave it out, or add tasks"),
+        ("--limit 5", "Only the measure tasks uses --limit"),
+        ("--measures tasks --tasks x.jsonl --limit 0", "'limit' of evaluate must be a whole number of at least 1"),
+        ("--measures tasks --tasks x.jsonl --seed -1", "'seed' of evaluate must be a whole number of at least 0"),
+        ("--measures tasks --tasks nowhere.jsonl", "'nowhere.jsonl' could not be read"),
+        ("--measures tasks --tasks piqqa=x.jsonl", "There is no task 'piqqa'. Did you mean 'piqa'?"),
         ("--measures perplexty", "There is no measure 'perplexty'. Did you mean 'perplexity'?"),
         ("--text gutenburg", "There is no text 'gutenburg'. Did you mean 'gutenberg'?"),
         ("--windows 0", "'windows' of evaluate must be a whole number of at least 1. Got 0"),

@@ -12,8 +12,8 @@ from secateur.cli.listing import KINDS
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        ("methods", "wanda"), ("refinements", "refit"),
-        ("patterns", "n:m"), ("allocations", "owl"), ("texts", "gutenberg"), ("models", "smollm2")
+        ("methods", "wanda"), ("refinements", "refit"), ("patterns", "n:m"), ("allocations", "owl"),
+        ("texts", "gutenberg"), ("models", "smollm2"), ("tasks", "piqa"),
     ],
 )  # fmt: skip
 def test_a_table_with_a_line_and_the_source_of_each(cli, kind, name):

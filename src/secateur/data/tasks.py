@@ -132,7 +132,7 @@ def index_of(value: object, name: str, endings: Sequence[str], labels: Sequence[
     >>> [index_of(value, "answer", ("red", "blue")) for value in (1, True, "blue", "B", "1")]
     [1, 1, 1, 1, 1]
     """
-    n = len(endings)
+    n, said = len(endings), value
     if labels is not None:
         if isinstance(value, str) and value.strip() in labels:
             return list(labels).index(value.strip())
@@ -146,7 +146,7 @@ def index_of(value: object, name: str, endings: Sequence[str], labels: Sequence[
         elif text.isdecimal() and text.isascii():
             value = int(text)
     if not isinstance(value, int) or not 0 <= value < n:
-        raise BadRow(f"has {value!r} in '{name}': it should be an index from 0 to {n - 1}, a letter or a choice's text")
+        raise BadRow(f"has {said!r} in '{name}': it should be an index from 0 to {n - 1}, a letter or a choice's text")
     return int(value)
 
 
@@ -253,8 +253,10 @@ def _winogrande(row: Mapping[str, Any]) -> Item:
     before, blank, after = sentence.partition("_")
     if not blank:
         raise BadRow("has no blank '_' in 'sentence'")
-    answer = index_of(_integer(row, "answer") - 1, "answer", names)
-    return checked(Item(tuple(before + name for name in names), (after.strip(),), answer))
+    answer = _integer(row, "answer")
+    if answer not in (1, 2):
+        raise BadRow(f"has {answer!r} in 'answer': it should be 1 or 2")
+    return checked(Item(tuple(before + name for name in names), (after.strip(),), answer - 1))
 
 
 def _integer(row: Mapping[str, Any], name: str) -> int:

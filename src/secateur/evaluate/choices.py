@@ -232,7 +232,7 @@ def batches(bundles: Sequence[Bundle], batch_size: int) -> Iterator[list[Bundle]
     """Bundles of like lengths together, at most `batch_size` rows unless one bundle has more; the longest first."""
 
     def size(bundle: Bundle) -> tuple[bool, int, int]:
-        return bundle.shared > 0, bundle.shared // 8, max(len(row.read) for row in bundle.rows)
+        return bundle.shared > 0, bundle.shared // 16, max(len(row.read) for row in bundle.rows)
 
     batch: list[Bundle] = []
     for bundle in sorted(bundles, key=size, reverse=True):

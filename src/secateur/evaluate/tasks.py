@@ -88,7 +88,7 @@ def tasks(
     *,
     limit: int | None = None,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int = 16,
     progress: Progress = silent,
 ) -> TaskResults:
     """Zero-shot accuracy on multiple-choice tasks.
