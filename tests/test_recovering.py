@@ -91,7 +91,7 @@ def test_the_record_is_plain_and_its_numbers_are_the_models(pruned):
 def test_the_best_weights_are_those_of_the_lowest_held_out_loss(pruned):
     model, pruning = pruned
     unseen = ids(2, seed=7)
-    options = Recovery(train=("embeddings",), steps=12, lr=0.3, checkpoint_every=2, keep="best")
+    options = Recovery(train=("kept", "head"), steps=12, lr=0.05, checkpoint_every=2, keep="best")
     result = recover(model, None, ids(4), pruning, options, held_out=unseen)
     looks = result.losses["held_out"]
     assert len(looks) == 6 and result.losses["best"] == min(looks, key=looks.__getitem__) != "12"
