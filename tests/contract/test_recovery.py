@@ -31,7 +31,8 @@ ASKED = {  # --train, --adapter: which parameters may change, by name
     "biases": (("biases",), "masked"),
     "embeddings+head": (("embeddings", "head"), "masked"),
 }
-FEW = {  # the rest is run on all families
+FEW = {  # the others are run on all families
+    "embeddings+head": ("llama", "gemma3", "gpt2", "opt", "bloom", "mamba", "bert", "t5"),
     "scaled": ("llama", "gpt2", "mixtral", "gpt_oss", "mamba", "zamba2", "t5", "albert"),
     "prune-at-merge": ("llama", "gpt2", "mixtral"),
     "norms": ("llama", "gemma3", "gpt2", "mamba2", "bert", "t5"),
