@@ -118,7 +118,7 @@ def test_counts_meet_the_budget(per_row: bool, target: float, spread: float) -> 
     counts = shares.counts()
     total = 0
     for count, (rows, columns) in zip(counts, shapes, strict=True):
-        assert 0 <= int(count.min()) and int(count.max()) <= columns
+        assert int(count.min()) >= 0 and int(count.max()) <= columns
         total += int(count.expand(rows).sum())
     assert abs(total - round(target * sum(r * c for r, c in shapes))) <= (0 if per_row else 2.5)
 

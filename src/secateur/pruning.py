@@ -163,7 +163,7 @@ class _Run:
         for arrival, view, keep in zip(arrivals, views, keeps, strict=True):
             assert isinstance(arrival.seen, Bundle)
             self._write(arrival.layer, view.weight, keep, arrival.seen)
-            self.warnings.extend(view.warnings)
+            self.warnings.extend(text for text in view.warnings if text not in self.warnings)
         if self.scouted and any(self.scouted.calls[layer] > 1 for layer in layers):
             self.warnings.append(
                 f"{name}: the model uses it at several places; shares were learnt at the first of them"
