@@ -91,8 +91,7 @@ class BESA(Method):
             masked = [w * (r >= (a * r.shape[1]).round()[:, None]) for w, r, a in zip(dense, ranking, now, strict=True)]
             pull = block.error_gradient(masked, calls)
             by_mask = [w * g for w, g in zip(dense, pull, strict=True)]  # straight through: M scales W
-            by_share = [slope(*each, self.width) for each in zip(by_mask, ranking, now, strict=True)]
-            gradient = shares.gradient(by_share)
+            gradient = shares.gradient([slope(*x, self.width) for x in zip(by_mask, ranking, now, strict=True)])
             unit = unit or float(gradient.square().mean().sqrt())
             if not unit:
                 return block.warn("its layers stay at their targets: no gradient reaches them")
