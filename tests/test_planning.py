@@ -13,6 +13,7 @@ from secateur.allocation import Allocation, Owl, Table, Uniform
 from secateur.errors import LowCoverage, UsageError
 from secateur.masks import NM, Unstructured
 from secateur.methods import Method, find_methods, make_method
+from secateur.methods.besa import BESA
 from secateur.methods.magnitude import Magnitude
 from secateur.methods.sparsegpt import SparseGPT
 from secateur.methods.wanda import Wanda
@@ -54,6 +55,8 @@ def test_nothing_changes(name: str, family: str) -> None:
         ("llama", Wanda(), {"refine": (Refit(),), "pattern": MODEL}, 2),
         ("llama", SparseGPT(), {"refine": (Refit(),), "pattern": MODEL}, 2),
         ("albert", Magnitude(), {"refine": (Refit(),)}, 2),
+        ("llama", BESA(steps=1), {}, 2),
+        ("albert", BESA(steps=1), {}, 3),
         ("albert", Wanda(), {}, 2),
         ("albert", Wanda(), {"schedule": "block"}, 3),
         ("albert", Wanda(), {"schedule": "oneshot"}, 1),

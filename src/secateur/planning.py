@@ -154,11 +154,11 @@ def _seconds(model: nn.Module, job: Job, batches: Sequence[Batch], passes: int) 
             select += time.perf_counter() - started
 
     def time_block(arrivals: list[Arrival], calls: list[BlockCall]) -> None:
-        """A step of learning reads as many batches as there are in its sequences; the one at hand stands for each."""
         nonlocal select
         views, layers = [view(arrival) for arrival in arrivals], [arrival.layer for arrival in arrivals]
-        name = layers[0].block
-        block = BlockView(name, views, [target] * len(views), calls, running_with(job.found.blocks[name], layers))
+        name, using = layers[0].block, running_with(job.found.blocks[layers[0].block], layers)
+        calls = calls * len(batches)  # the one at hand stands for all
+        block = BlockView(name, views, [target] * len(views), calls, using)
         started = time.perf_counter()
         job.method.prune_block(block, pattern)
         select += time.perf_counter() - started
@@ -198,6 +198,9 @@ def _memory(model: nn.Module, job: Job, tokens: int) -> int:
             sum(s for s, x in zip(sizes, job.layers, strict=True) if x.block == b) for b in job.found.blocks
         )
     work = (6 if job.refine else 3) * 4 * max(layer.weight.numel() for layer in job.layers)
+    if job.method.blockwise:  # the dense output, and five fp32 copies of a block: its weights, ranks, and gradients
+        activations = activations * 3 // 2
+        work = 5 * 4 * max(sum(x.weight.numel() for x in job.layers if x.block == b) for b in job.found.blocks)
     if job.method.gradients:  # their sums
         work += 4 * sum(layer.weight.numel() for layer in job.layers)
     return weights + activations + statistics + work

@@ -214,7 +214,7 @@ class _Run:
             whose = " + ".join((method.name(), *(one.name() for one in self.job.refine)))
             raise NumericalFailure(f"{whose} made weights of {layer.name} that are not finite numbers")
         self._write(layer, view.weight, keep, seen, error)
-        self.warnings.extend(view.warnings)
+        self.warnings.extend(text for text in view.warnings if text not in self.warnings)
 
     def _refine(self, layer: Layer, view: LayerView, keep: Tensor) -> tuple[Tensor, OutputError]:
         started = time.perf_counter()

@@ -70,7 +70,7 @@ class Shares:
     >>> shares = Shares([torch.ones(2, 4), torch.ones(1, 8)], [0.5, 0.5], per_row=True)
     >>> shares.theta[0] = -1.0
     >>> [[round(a, 3) for a in layer.tolist()] for layer in shares.now()], [c.tolist() for c in shares.counts()]
-    ([[0.316, 0.557], [0.557]], [[1, 2], [5]])
+    ([[0.319, 0.56], [0.56]], [[1, 2], [5]])
     """
 
     def __init__(self, weights: Sequence[Tensor], targets: Sequence[float], *, per_row: bool) -> None:

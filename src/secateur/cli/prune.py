@@ -65,7 +65,9 @@ class PruneOptions:
     """Of the choice of windows."""
     schedule: Annotated[
         str | None,
-        tyro.conf.arg(metavar="NAME", help_behavior_hint="(sequential; oneshot with --pattern model)"),
+        tyro.conf.arg(
+            metavar="NAME", help_behavior_hint="(the method's: sequential or block; oneshot with --pattern model)"
+        ),
     ] = None
     """sequential: each layer sees the inputs it will see in the pruned model, one pass. block: as published,
     two passes. oneshot: all statistics from the dense model, one pass."""

@@ -7,8 +7,7 @@ with a straight-through estimator for the mask:
     M_ij = 1[rank of S_ij in row i >= a_i * columns]      dM/da_i: that of a soft mask, see soft_masks
     L    = mean_c (sum_t (Y - Y')_tc^2 / sum_t Y_tc^2)    Y, Y': (tokens, width) of the block, dense and masked
 
-The paper pulls a block to its sparsity with a penalty. Here shares start at their targets and the block's total is
-held at every step, so that nothing has to be weighed against the loss (soft_masks.Shares).
+The paper pulls a block to its sparsity with a penalty; here its total is held at every step (soft_masks.Shares).
 """
 
 import math
@@ -24,6 +23,8 @@ from secateur.masks import Pattern, Unstructured, zero_dropped_
 from secateur.methods import BlockView, LayerView, Method
 from secateur.soft_masks import Shares, ranks, slope
 from secateur.statistics import SecondMoment
+
+_OFF = "per row, a block is within half its smallest layer's number of rows of its budget"
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,7 @@ class BESA(Method):
     why = "it learns how many weights each row or layer loses"
 
     def __post_init__(self) -> None:
-        for name, lowest in (("steps", 0), ("sequences", 1)):
-            value = getattr(self, name)
+        for name, value, lowest in (("steps", self.steps, 0), ("sequences", self.sequences, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise InvalidParameter(name, "besa", f"a whole number >= {lowest}", value)
         if not 0 < self.lr < math.inf:
@@ -75,6 +75,8 @@ class BESA(Method):
         keeps = [r >= count[:, None] for r, count in zip(ranking, shares.counts(), strict=True)]
         for layer, keep in zip(block.layers, keeps, strict=True):
             zero_dropped_(layer.weight, keep)
+        if sum(int((~keep).sum()) for keep in keeps) != shares.budget:
+            block.layers[0].warnings.append(_OFF)
         return keeps
 
     def _score(self, layer: LayerView) -> Tensor:
@@ -82,16 +84,14 @@ class BESA(Method):
         return size if self.metric == "magnitude" else size.mul_(layer[SecondMoment].rms.to(size.dtype))
 
     def _learn(self, block: BlockView, ranking: list[Tensor], shares: Shares) -> None:
-        dense = [layer.weight for layer in block.layers]
-        adam = torch.optim.Adam([shares.theta], lr=self.lr, eps=1e-2)
-        unit = 0.0  # size of the first gradient: what Adam's eps is measured in
+        dense, unit = [layer.weight for layer in block.layers], 0.0
+        adam = torch.optim.Adam([shares.theta], lr=self.lr, eps=1e-2)  # gradients in units of the first one's size
         for step, calls in enumerate(islice(block.turns(self.sequences), self.steps if shares.budget else 0)):
             now = shares.now()
             masked = [w * (r >= (a * r.shape[1]).round()[:, None]) for w, r, a in zip(dense, ranking, now, strict=True)]
             pull = block.error_gradient(masked, calls)
             by_mask = [w * g for w, g in zip(dense, pull, strict=True)]  # straight through: M scales W
-            by_share = [slope(*each, self.width) for each in zip(by_mask, ranking, now, strict=True)]
-            gradient = shares.gradient(by_share)
+            gradient = shares.gradient([slope(*x, self.width) for x in zip(by_mask, ranking, now, strict=True)])
             unit = unit or float(gradient.square().mean().sqrt())
             if not unit:
                 return block.warn("its layers stay at their targets: no gradient reaches them")

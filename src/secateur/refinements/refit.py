@@ -32,6 +32,15 @@ class Refit(Refinement):
         iterations: at most this many steps.
         damping: share of the mean diagonal of H that is added to it: pulls the weights towards the dense ones.
         tolerance: a row stops once its residual is this share of the first; 0 makes every step.
+
+    >>> from secateur.masks import Unstructured
+    >>> from secateur.statistics import Bundle
+    >>> inputs = Bundle((Gram,))
+    >>> inputs.update(torch.tensor([[1.0, 1.0], [1.0, 1.0]]))  # the second input always equals the first
+    >>> layer = LayerView("q", torch.tensor([[2.0, 0.0]]), inputs)
+    >>> _ = Refit().refine(layer, torch.tensor([[2.0, 1.0]]), torch.tensor([[True, False]]), Unstructured("row"))
+    >>> layer.weight  # so the first weight takes over what the second did
+    tensor([[3., 0.]])
     """
 
     iterations: int = 12
