@@ -23,6 +23,7 @@ from secateur.methods.sparsegpt import SparseGPT
 from secateur.methods.wanda import Wanda
 from secateur.models.layers import find_layers
 from secateur.pruning import prune
+from secateur.refinements.refit import Refit
 
 MODEL = Unstructured("model")
 SCHEDULES = ["sequential", "block", "oneshot"]
@@ -270,3 +271,39 @@ def test_what_a_method_warns_of_is_in_the_result(pattern: Pattern | None) -> Non
     result = prune(make("llama"), SparseGPT(damping=0.0), ids(1, 3), sparsity=0.5, pattern=pattern)
     own = [text for text in result.warnings if "layers.0.self_attn.q_proj: the second-moment matrix" in text]
     assert len(own) == (1 if pattern is None else 2)  # once for the scores, once for the solution
+
+
+@pytest.mark.parametrize("schedule", [None, "block", "oneshot"])
+@pytest.mark.parametrize("method", [Magnitude(), Wanda()], ids=["magnitude", "wanda"])
+def test_per_model_refit_keeps_the_masks_of_the_dense_pass(method: Method, schedule: str | None) -> None:
+    plain, refined = make("llama"), make("llama")
+    how = {"sparsity": 0.6, "pattern": MODEL}
+    prune(plain, method, ids(), **how)  # type: ignore[arg-type]
+    result = prune(refined, method, ids(), schedule=schedule, refine=(Refit(),), **how)  # type: ignore[arg-type]
+    assert result.schedule == (schedule or "sequential")
+    for a, b in zip(find_layers(plain), find_layers(refined), strict=True):
+        assert torch.equal(a.weight != 0, b.weight != 0)
+        assert not torch.equal(a.weight, b.weight) or not a.weight.any()  # a layer may lose everything
+    errors = [record.output_error for record in result.layers]
+    assert all(error and error.after <= error.before for error in errors)
+    assert sum(error is not None and error.after < error.before for error in errors) > len(errors) / 2
+
+
+@pytest.mark.parametrize("pattern", [None, MODEL], ids=str)
+def test_magnitude_prunes_what_is_never_called_though_refit_reads_data(pattern: Pattern | None) -> None:
+    model = make("mamba")
+    result = prune(model, Magnitude(), ids(), sparsity=0.5, pattern=pattern, refine=(Refit(),))
+    uncalled = [record.name for record in result.layers if record.name.endswith("dt_proj")]
+    assert len(uncalled) == 2 and len(result.layers) == len(find_layers(model))
+    assert result.warnings == (f"not refined, since no input of theirs was seen: {', '.join(uncalled)}",)
+    assert "refine" in result.seconds and min(result.seconds.values()) >= 0
+
+
+@pytest.mark.parametrize("pattern", [None, MODEL], ids=str)
+def test_experts_without_a_token_are_left_unrefined(pattern: Pattern | None) -> None:
+    """Per model an expert may have tokens in one walk and none in the other."""
+    result = prune(make("mixtral"), Wanda(), ids(1, 2), sparsity=0.5, pattern=pattern, refine=(Refit(),))
+    silent = [record.name for record in result.layers if record.tokens is None]
+    assert silent and all("experts" in name for name in silent)
+    assert result.warnings[-1] == f"not refined, since no input of theirs was seen: {', '.join(silent)}"
+    assert {x.name for x in result.layers if x.output_error is None} == set(silent)

@@ -345,3 +345,18 @@ def test_probes_are_escaped_and_clipped():
     check(document)
     assert "<script" not in document and html.escape(EVIL) in document and "…" in document
     assert "<i>nothing</i>" in page([with_probes("wanda", pruned_text="", first=0)], title="x")
+
+
+def test_refinements_name_the_run_and_their_gain_is_told():
+    runs = [pruned("wanda"), pruned("wanda")]
+    runs[1]["prune"]["refine"] = [{"name": "swap", "rounds": 4}, {"name": "refit", "iterations": 12}]
+    for layer, (before, after) in zip(runs[1]["prune"]["layers"], [(0.2, 0.1), (0.4, 0.2), (None, 0.2)], strict=False):
+        layer["output_error"] = {"before": before, "after": after}
+    assert name_runs(runs) == ["wanda", "wanda + swap + refit"]
+    text = check(page(runs, title="x"))
+    assert "name: swap · rounds: 4, name: refit · iterations: 12" in text
+    assert "mean over 2 refined layers: 0.3 before the refinements, 0.15 after" in text
+    fewer = [pruned("wanda", refine=None), pruned("wanda")]
+    for run, steps in zip(fewer, (12, 3), strict=True):
+        run["prune"]["refine"] = [{"name": "refit", "iterations": steps}]
+    assert len(set(name_runs(fewer))) == 2 and all("iterations=" in name for name in name_runs(fewer))

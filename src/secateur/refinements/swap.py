@@ -33,6 +33,14 @@ class Swap(Refinement):
     Attributes:
         rounds: at most this many; a row that finds nothing in a round is finished.
         candidates: kept and dropped entries of a row looked at in a round; as many exchanges at most.
+
+    >>> from secateur.statistics import Bundle
+    >>> inputs = Bundle((Gram,))
+    >>> inputs.update(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+    >>> layer = LayerView("q", torch.tensor([[2.0, 0.0]]), inputs)
+    >>> dense, keep = torch.tensor([[2.0, 1.0]]), torch.tensor([[True, False]])
+    >>> Swap().refine(layer, dense, keep, Unstructured("row")).keep  # the second input is three times as large
+    tensor([[False,  True]])
     """
 
     rounds: int = 4
