@@ -159,4 +159,4 @@ def _memory(model: nn.Module, job: Job, tokens: int) -> int:
             sum(s for s, x in zip(sizes, job.layers, strict=True) if x.block == b) for b in job.found.blocks
         )
     work = 3 * 4 * max(layer.weight.numel() for layer in job.layers)
-    return weights + activations + statistics + work
+    return weights + max(activations + statistics + work, job.allocation.memory(job.layers))
