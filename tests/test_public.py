@@ -18,7 +18,7 @@ PUBLIC = [
     "tasks",
 ]  # fmt: skip
 # the example of these stands where they are used: a contract, a root of errors, and what needs a model first
-WITHOUT_EXAMPLE = {"Method", "SecateurError", "SparseGPT", "save"}
+WITHOUT_EXAMPLE = {"BESA", "Method", "SecateurError", "SparseGPT", "save"}
 
 
 def test_the_public_names_are_frozen() -> None:

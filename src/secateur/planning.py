@@ -203,4 +203,4 @@ def _memory(model: nn.Module, job: Job, tokens: int) -> int:
         work = 5 * 4 * max(sum(x.weight.numel() for x in job.layers if x.block == b) for b in job.found.blocks)
     if job.method.gradients:  # their sums
         work += 4 * sum(layer.weight.numel() for layer in job.layers)
-    return weights + activations + statistics + work
+    return weights + max(activations + statistics + work, job.allocation.memory(job.layers))

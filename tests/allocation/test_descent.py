@@ -188,3 +188,9 @@ def test_options_out_of_range(option: str, value: object) -> None:
 def test_work_is_counted_in_passes() -> None:
     assert Descent(steps=8, tokens=1000).work(10_000) == pytest.approx(2.6)
     assert Descent(steps=8, tokens=1000).work(100) == 26
+
+
+def test_a_plan_counts_the_second_copy() -> None:
+    plans = [plan(make("llama"), Magnitude(), (1, 4), sparsity=0.5, allocation=a) for a in (Descent(), None)]
+    weights = 5 * plans[0].weights  # fp32, and a flag each
+    assert plans[0].estimated_memory_bytes == max(4 * plans[0].parameters + weights, plans[1].estimated_memory_bytes)

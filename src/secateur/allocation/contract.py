@@ -74,6 +74,10 @@ class Allocation(ABC):
         """What it runs besides the pass for `needs`, in forward passes of the `tokens` of calibration."""
         return 0.0
 
+    def memory(self, layers: Sequence[Layer]) -> int:
+        """Bytes it holds besides the model, activations left out, for estimates."""
+        return 0
+
     @classmethod
     def name(cls) -> str:
         """The word for it on the command line and in recipes."""

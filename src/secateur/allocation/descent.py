@@ -32,7 +32,7 @@ DELTA = 0.02
 
 @dataclass(frozen=True)
 class Descent(Allocation):
-    """searched: gradient descent of the predictions' divergence from the dense model's; best above 60 %
+    """searched: gradient descent of the predictions' divergence from the dense model's
 
     It holds a second copy of the pruned weights and the activations of one window for a backward pass.
 
@@ -69,6 +69,9 @@ class Descent(Allocation):
 
     def work(self, tokens: int) -> float:
         return (3 * self.steps + 2) * min(1.0, self.tokens / max(tokens, 1))
+
+    def memory(self, layers: Sequence[Layer]) -> int:
+        return sum(layer.weight.numel() * (layer.weight.element_size() + 1) for layer in layers)
 
     def allocate(
         self, layers: Sequence[Layer], sparsity: float | None, evidence: Evidence = NOTHING
