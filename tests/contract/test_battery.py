@@ -33,7 +33,7 @@ def follows(method: Method, pattern: Pattern) -> bool:
     return ("n:m" if isinstance(pattern, NM) else pattern.per) in method.patterns
 
 
-def expected_zeros(pattern: Pattern, keep: torch.Tensor, shared_out: bool) -> None:
+def expected_zeros(pattern: Pattern, keep: torch.Tensor, shared_out: bool = False) -> None:
     """Exact counts in every comparison group of one layer's keep mask; equal ones if the method shares them out."""
     rows, columns = keep.shape
     if shared_out:
