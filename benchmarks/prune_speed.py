@@ -25,7 +25,7 @@ from rich.table import Table
 from secateur.data.calibration import calibration
 from secateur.inputs import batches_of
 from secateur.memory import peak_memory
-from secateur.methods import make_method
+from secateur.methods import Method, make_method
 from secateur.models.load import load
 from secateur.pruning import prune
 from secateur.scout import run
@@ -48,19 +48,20 @@ def forward_seconds(model: Any, ids: torch.Tensor) -> float:
     return time.perf_counter() - started
 
 
-def measure(dense: Any, ids: torch.Tensor, method: str, schedule: str, repeats: int) -> dict[str, Any]:
-    """Pruning against the mean of the forward passes right before and right after it."""
-    ratios, runs = [], []
+def measure(dense: Any, ids: torch.Tensor, method: Method, repeats: int, **asked: Any) -> dict[str, Any]:
+    """Pruning, asked for by the arguments of `prune`, against the mean of the forward passes before and after it."""
+    ratios, runs, peaks = [], [], []
     before = forward_seconds(dense, ids)
     for _ in range(repeats):
         model = copy.deepcopy(dense)
-        result = prune(model, make_method(method), ids, sparsity=0.5, schedule=schedule)
+        result = prune(model, method, ids, sparsity=0.5, **asked)
         after = forward_seconds(dense, ids)
         ratios.append(result.seconds["total"] / ((before + after) / 2))
         runs.append({"forward_pass": (before + after) / 2} | result.seconds)
+        peaks.append(result.peak_memory_bytes)
         before = after
     middle = sorted(range(repeats), key=ratios.__getitem__)[repeats // 2]
-    return {"ratio": statistics.median(ratios), "ratios": ratios, "seconds": runs[middle]}
+    return {"ratio": statistics.median(ratios), "ratios": ratios, "seconds": runs[middle], "peak_bytes": max(peaks)}
 
 
 def memory(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def main() -> None:
             forward_seconds(dense, ids[:1])  # warm
             cases = [("wanda", "sequential"), ("wanda", "block"), ("sparsegpt", "sequential"), ("sparsegpt", "block")]
             for method, schedule in cases if samples == options.samples[0] else [("wanda", "sequential")]:
-                found = measure(dense, ids, method, schedule, options.repeats)
+                found = measure(dense, ids, make_method(method), options.repeats, schedule=schedule)
                 bound = BOUNDS.get((method, schedule, dtype, samples))
                 rows.append({"dtype": dtype, "tokens": ids.numel(), "method": method, "schedule": schedule} | found)
                 seconds = found["seconds"]

@@ -14,6 +14,7 @@ import argparse
 import copy
 import json
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from rich.table import Table
 from secateur.allocation import ALLOCATIONS
 from secateur.data.calibration import calibration
 from secateur.errors import SecateurError
-from secateur.evaluate import DensePredictions, compare_tasks, measure, tasks
+from secateur.evaluate import DensePredictions, TaskResult, TaskResults, compare_tasks, measure, tasks
 from secateur.masks import parse_pattern
 from secateur.methods import make_method
 from secateur.models.load import load, resolve
@@ -83,6 +84,12 @@ def earlier(name: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
     return record["rows"] if all(record.get(key) == value for key, value in settings.items()) else []
 
 
+def answered(record: dict[str, Any]) -> TaskResults:
+    """The answers that a row holds."""
+    each = [one | {"correct": tuple(mark == "1" for mark in one["correct"])} for one in record["tasks"]]
+    return TaskResults(**record | {"tasks": tuple(TaskResult(**one) for one in each)})
+
+
 class Bench:
     """The dense model, and everything that is measured against it."""
 
@@ -101,18 +108,23 @@ class Bench:
         self.rows = earlier(options.name, self.settings)
         how: dict[str, Any] = {"seqlen": options.seqlen, "windows": options.windows}
         self.predictions = {text: DensePredictions(self.dense, self.tokenizer, text, **how) for text in self.texts}
-        self.answers = self.ask(self.dense)
 
-    def ask(self, model: Any) -> Any:
-        return tasks(model, self.tokenizer, limit=self.options.limit) if self.options.limit else None
+    @cached_property
+    def answers(self) -> TaskResults:
+        """The dense model's, from its row where a run goes on."""
+        row = next((row for row in self.rows if row["case"] == ["dense", "dense"]), None)
+        return answered(row["tasks"]) if row else self.ask(self.dense)
 
-    def measures(self, model: Any) -> dict[str, Any]:
+    def ask(self, model: Any) -> TaskResults:
+        return tasks(model, self.tokenizer, limit=self.options.limit)
+
+    def measures(self, model: Any, case: tuple[str, str]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for text, dense in self.predictions.items():
             surprise, close = measure(model, dense, self.tokenizer)
             found[Path(text).stem] = {"perplexity": surprise.to_dict(), "fidelity": close.to_dict()}
-        answers = self.answers if model is self.dense else self.ask(model)
-        if answers is not None:
+        if self.options.limit and case[0] in ("dense", *self.options.asked):
+            answers = self.answers if model is self.dense else self.ask(model)
             found["tasks"] = answers.to_dict()
             found["tasks_against_dense"] = compare_tasks(answers, self.answers).to_dict()
         return found
@@ -132,7 +144,7 @@ class Bench:
                 "warnings": result["warnings"],
             }
         started = time.perf_counter()
-        done = {"case": list(case)} | about | self.measures(model) | {"measuring": time.perf_counter() - started}
+        done = {"case": list(case)} | about | self.measures(model, case) | {"measuring": time.perf_counter() - started}
         self.rows.append(done)
         store(self.options.name, self.settings | {"rows": self.rows})
         return done
@@ -161,6 +173,9 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16, help="of each text")
     parser.add_argument("--limit", type=int, default=25, help="items of each of the eight usual tasks; 0: no tasks")
+    parser.add_argument(
+        "--asked", nargs="*", default=["50%"], help="amounts whose models answer the tasks: the dear part"
+    )
     parser.add_argument("--wikitext", default="../shared/data/text/wikitext2_raw_test.txt")
     parser.add_argument("--only", help="cases whose label, as '50% wanda+refit', holds this")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further case after so long")

@@ -152,3 +152,13 @@ def test_the_weights_hash_sees_a_single_bit():
 
 def test_the_public_name():
     assert sc.recover is recover and sc.Recovery is Recovery
+
+
+def test_padded_conversations_are_refused(pruned):
+    from secateur.data.calibration import Calibration
+
+    model, result = pruned
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[1, 5:] = False
+    with pytest.raises(UsageError, match="training would count the padding"):
+        recover(model, None, Calibration(ids(2, 8), {}, mask), result, FEW)

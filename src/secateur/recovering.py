@@ -349,6 +349,11 @@ def _training_ids(
 ) -> tuple[Tensor, Mapping[str, Any]]:  # fmt: skip
     if isinstance(text, Calibration | Tensor):
         ids = text.ids if isinstance(text, Calibration) else text
+        if isinstance(text, Calibration) and text.mask is not None:
+            raise UsageError(
+                "Conversations are padded, and training would count the padding: give a running text, or one field of "
+                "the file, as FILE.jsonl:FIELD."
+            )
         if seqlen is not None and seqlen != ids.shape[-1]:
             raise UsageError(f"The ids have windows of {ids.shape[-1]} tokens: leave out seqlen {seqlen}.")
         batches_of(model, ids)  # checks them
