@@ -1,4 +1,4 @@
-"""What the dearer methods cost, as multiples of one plain forward pass through the blocks, each measured in turns with it.
+"""What the dearer methods cost, as multiples of one plain forward pass, each measured in turns with it.
 
     python benchmarks/method_speed.py [--samples 16] [--seqlen 1024] [--repeats 1] [--dtype float32]
 
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
     options = parser.parse_args()
     console = Console()
     dense, tokenizer = load(options.model, dtype=options.dtype)
@@ -60,7 +61,7 @@ def main() -> None:
     head = with_head(dense, ids) / forward_seconds(dense, ids)
     rows: dict[str, dict[str, Any]] = {}
     table = Table("method", "forward passes", "forward pass", "gradients", "select", "refine", "peak")
-    for label, name, own, asked in CASES:
+    for label, name, own, asked in CASES[: options.cases]:
         found = rows[label] = measure(dense, ids, make_method(name, **own), options.repeats, **asked)
         seconds = found["seconds"]
         parts = (f"{seconds.get(key, 0.0):.1f} s" for key in ("forward_pass", "gradients", "select", "refine"))

@@ -131,7 +131,8 @@ class Bench:
 
     def row(self, case: tuple[str, str]) -> dict[str, Any]:
         done = next((row for row in self.rows if row["case"] == list(case)), None)
-        if done is not None:
+        wanted = self.options.limit and case[0] in self.options.asked
+        if done is not None and ("tasks" in done or not wanted):
             return done
         model, about = self.dense, {}
         if case != ("dense", "dense"):
@@ -145,7 +146,7 @@ class Bench:
             }
         started = time.perf_counter()
         done = {"case": list(case)} | about | self.measures(model, case) | {"measuring": time.perf_counter() - started}
-        self.rows.append(done)
+        self.rows = [row for row in self.rows if row["case"] != list(case)] + [done]
         store(self.options.name, self.settings | {"rows": self.rows})
         return done
 
