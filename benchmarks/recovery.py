@@ -1,6 +1,6 @@
 """How much of the perplexity that a cut costs comes back, with which share of the parameters, and how fast.
 
-    python benchmarks/recovery.py [--steps 80] [--lr 2e-3] [--train adapters norms biases] [--adapter masked]
+    python benchmarks/recovery.py [--steps 50] [--lr 2e-3] [--train adapters norms biases] [--adapter masked]
 
 Magnitude-pruned model, trained on the calibration books of `gutenberg`, measured on its test books. The zeros are
 counted layer by layer before and after, by their places. Writes results/NAME.json.
@@ -35,12 +35,12 @@ def main() -> None:
     parser.add_argument("--method", default="magnitude")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--windows", type=int, default=12)
-    parser.add_argument("--seqlen", type=int, default=1024, help="of measuring")
-    parser.add_argument("--train-seqlen", type=int, default=512)
+    parser.add_argument("--seqlen", type=int, default=512, help="of measuring")
+    parser.add_argument("--train-seqlen", type=int, default=256)
     parser.add_argument("--train", nargs="+", default=["adapters", "norms", "biases"])
     parser.add_argument("--adapter", default="masked")
     parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--name", default="recovery", help="of the file in results/")
