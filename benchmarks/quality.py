@@ -44,13 +44,16 @@ EVERYWHERE = (  # method, refinements
     "wanda+swap+refit",
 )
 CASES = (  # amount, method with its refinements and allocation; the first ones answer the most
-    *(("50%", name) for name in ("wanda", "sparsegpt", "wanda+refit", "gblm", "besa", "besa per row", "magnitude")),
-    *(("2:4", name) for name in ("wanda", "sparsegpt", "wanda+refit", "wanda+swap+refit", "gblm")),
-    *(("70%", name) for name in ("wanda", "wanda owl", "wanda alpha", "wanda descent", "sparsegpt", "wanda+refit")),
-    *(("60%", name) for name in ("wanda", "sparsegpt", "wanda+refit", "besa", "wanda owl", "wanda descent")),
+    *(("50%", name) for name in ("wanda", "sparsegpt", "wanda+refit", "magnitude")),
+    *(("2:4", name) for name in ("wanda", "sparsegpt", "wanda+refit")),
+    *(("70%", name) for name in ("wanda", "wanda owl", "wanda alpha", "sparsegpt", "wanda+refit", "wanda descent")),
+    *(("50%", name) for name in ("besa", "gblm")),
+    *(("60%", name) for name in ("wanda", "sparsegpt", "wanda+refit")),
+    *(("50%", name) for name in ("sparsegpt+refit", "wanda+swap+refit", "ria")),
+    *(("4:8", name) for name in ("wanda", "sparsegpt", "wanda+refit")),
     *(("70%", name) for name in ("besa", "sparsegpt+refit", "sparsegpt descent")),
-    *(("4:8", name) for name in EVERYWHERE[:4]),
     *((amount, name) for amount in ("50%", "2:4", "70%", "60%", "4:8") for name in EVERYWHERE),
+    ("50%", "besa per row"),
 )
 
 

@@ -47,7 +47,7 @@ class GBLM(Method):
     tensor([[33.,  2.]])
     """
 
-    alpha: float = 1000.0
+    alpha: float = 100.0
     norm: Norm = "l1"
     reduction: Reduction = "mean"
     checkpointing: Checkpointing = "auto"
