@@ -26,9 +26,9 @@ from secateur.errors import SecateurError, UnknownName
 VERBS = {  # verb: (module of this folder, one line)
     "prune": ("prune", "remove weights from a model and save it"),
     "recover": ("recover", "train a pruned model back, keeping its zeros"),
-    "evaluate": ("evaluate", "perplexity, fidelity to the dense model, sparsity"),
+    "evaluate": ("evaluate", "perplexity, fidelity to the dense model, tasks, sparsity"),
     "compare": ("compare", "which text to calibrate with: several, all else equal"),
-    "list": ("listing", "methods, patterns, allocations, texts and models, with their sources"),
+    "list": ("listing", "methods, refinements, patterns, allocations, texts, tasks and models"),
 }
 
 _HELP = f"""usage: secateur VERB [OPTIONS]
