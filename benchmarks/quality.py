@@ -44,10 +44,13 @@ EVERYWHERE = (  # method, refinements
     "wanda+swap+refit",
 )
 CASES = (  # amount, method with its refinements and allocation; the first ones answer the most
-    *(("50%", name) for name in ("wanda", "sparsegpt", "wanda+refit", "magnitude")),
-    *(("2:4", name) for name in ("wanda", "sparsegpt", "wanda+refit")),
-    *(("70%", name) for name in ("wanda", "wanda owl", "wanda alpha", "sparsegpt", "wanda+refit", "wanda descent")),
-    *(("50%", name) for name in ("besa", "gblm")),
+    *(("50%", name) for name in ("wanda", "sparsegpt", "wanda+refit", "besa", "gblm", "magnitude")),
+    *(("2:4", name) for name in ("wanda", "sparsegpt", "wanda+refit", "alps")),
+    *(
+        ("70%", name)
+        for name in ("wanda", "wanda owl", "wanda alpha", "wanda+refit", "sparsegpt", "alps", "wanda descent")
+    ),
+    ("50%", "alps"),
     *(("60%", name) for name in ("wanda", "sparsegpt", "wanda+refit")),
     *(("50%", name) for name in ("sparsegpt+refit", "wanda+swap+refit", "ria")),
     *(("4:8", name) for name in ("wanda", "sparsegpt", "wanda+refit")),

@@ -10,7 +10,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = (  # from the ground up; a room is a folder, or the files that make one thing together
     ("errors", "progress"),
-    ("masks soft_masks", "registry", "statistics factor", "divergence", "coroutines", "memory", "parallel", "kernels"),
+    (
+        "masks soft_masks",
+        "registry",
+        "least_squares",
+        "statistics factor",
+        "divergence",
+        "coroutines",
+        "memory",
+        "parallel",
+        "kernels",
+    ),
     ("models", "data"),
     ("walk scout blocks gradients view", "allocation"),
     ("methods", "refinements", "attention", "recovery", "evaluate"),

@@ -1,4 +1,4 @@
-"""The triangular factor of an inverse second-moment matrix, as SparseGPT uses it.
+"""What solvers take a second-moment matrix apart into: SparseGPT a triangular factor, ALPS eigenvectors.
 
 H: (in, in) symmetric.  U: upper triangular with H^-1 = U^T U, so that U_ii^2 is the i-th diagonal entry of the
 inverse of H restricted to the inputs i, i+1, ...
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from secateur.errors import NumericalFailure
 
 
 @dataclass(frozen=True)
@@ -70,3 +72,36 @@ def _invert_upper(u: Tensor) -> Tensor:
     inverse[half:, half:] = last = _invert_upper(u[half:, half:])
     inverse[:half, half:] = -(first @ (u[:half, half:] @ last))
     return inverse
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """diag(rms)^-1 H diag(rms)^-1 = vectors diag(values) vectors^T, values >= 0; where `dead`, 1 divides."""
+
+    rms: Tensor
+    dead: Tensor
+    values: Tensor
+    vectors: Tensor
+
+
+def spectrum(gram: Tensor) -> Spectrum:
+    """Eigenvalues and eigenvectors of H = `gram`, (in, in), in units in which every input has power one.
+
+    Raises:
+        NumericalFailure: `gram` is not finite.
+
+    >>> spectrum(torch.tensor([[4.0, 2.0], [2.0, 4.0]])).values.round(decimals=3).tolist()
+    [0.5, 1.5]
+    """
+    if not bool(torch.isfinite(gram).all()):
+        raise NumericalFailure(f"a second-moment matrix of shape {tuple(gram.shape)} is not finite")
+    rms = gram.diagonal().sqrt()
+    dead = rms == 0
+    values, vectors = torch.linalg.eigh(scaled(gram, rms))
+    return Spectrum(rms, dead, values.clamp_(min=0), vectors)
+
+
+def scaled(gram: Tensor, rms: Tensor) -> Tensor:
+    """`gram`, (in, in), in units of `rms`, (in,); rows and columns of dead inputs are 0."""
+    unit = rms.where(rms > 0, 1.0)
+    return gram / unit / unit[:, None]

@@ -14,7 +14,7 @@ from typing import Literal, Self, TypeVar
 import torch
 from torch import Tensor
 
-from secateur.factor import InverseFactor
+from secateur.factor import InverseFactor, Spectrum, spectrum
 
 Norm = Literal["l1", "l2"]
 S = TypeVar("S", bound="Statistic")
@@ -101,9 +101,11 @@ class Gram(Statistic):
         super().__init__()
         self._sum: Tensor | None = None  # right only on and above the diagonal
         self.factors: dict[float, InverseFactor] = {}  # by damping; shared by the layers that read one input
+        self._spectrum: Spectrum | None = None
 
     def _add(self, x: Tensor) -> None:
         self.factors.clear()
+        self._spectrum = None
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         width = x.shape[1]
         if self._sum is None:
@@ -114,6 +116,7 @@ class Gram(Statistic):
 
     def merge(self, other: Self) -> None:
         self.factors.clear()
+        self._spectrum = None
         self.tokens += other.tokens
         if other._sum is not None:
             self._sum = other._sum.clone() if self._sum is None else self._sum + other._sum
@@ -125,6 +128,13 @@ class Gram(Statistic):
             raise ValueError("no token has been seen")
         upper = self._sum.triu()
         return upper.add_(upper.triu(1).t()).div_(self.tokens)
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """Its eigenvectors, once inputs have power one; worked out once for all layers that read the input."""
+        if self._spectrum is None:
+            self._spectrum = spectrum(self.mean)
+        return self._spectrum
 
     def output_power(self, weight: Tensor) -> float:
         """E[|W x|^2], the mean square of the outputs that W: (out, in) gives, summed over the outputs.

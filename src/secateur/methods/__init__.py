@@ -97,7 +97,7 @@ def find_methods() -> dict[str, type[Method]]:
     """Every method by name: the files of this folder, then entry points.
 
     >>> sorted(find_methods())
-    ['besa', 'gblm', 'gradient', 'magnitude', 'ria', 'sparsegpt', 'wanda']
+    ['alps', 'besa', 'gblm', 'gradient', 'magnitude', 'ria', 'sparsegpt', 'wanda']
     """
     return find_kinds(__name__, __path__, Method, "method")
 

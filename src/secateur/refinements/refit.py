@@ -5,9 +5,8 @@ For every row on its own, minimise over the kept entries of w (the dropped ones 
     (w - w0)^T H (w - w0)        H = X^T X / tokens + damping * mean(diag) * I
 
 W0: (out, in) dense weight.  X: (tokens, in) inputs.  The optimum is w_S = (H_SS)^-1 (H w0)_S, S the kept inputs.
-Conjugate gradients on the kept entries, all rows of a layer at once, in coordinates in which H has a unit diagonal
-(Jacobi's preconditioner), from the weights that the method left: one product (out, in) x (in, in) an iteration, and the
-error falls with every one (Hestenes and Stiefel 1952; section 9.2 of Saad 2003 for the preconditioner).
+Conjugate gradients on the kept entries (`least_squares.fit_kept`), in coordinates that give H a unit diagonal, from the
+weights that the method left: the error falls with every iteration.
 """
 
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import InvalidParameter
+from secateur.least_squares import fit_kept
 from secateur.masks import Pattern
 from secateur.refinements import Refined, Refinement
 from secateur.statistics import Gram
@@ -70,42 +70,10 @@ class Refit(Refinement):
             rows = slice(start, start + _ROWS)
             old = layer.weight[rows]
             change = (old - dense[rows]).mul_(unit)
-            before, after = self._solve(h, change, keep[rows], ridge)
+            before, after = fit_kept(
+                h, change, keep[rows], ridge, iterations=self.iterations, tolerance=self.tolerance
+            )  # fmt: skip
             new = change.div_(unit).add_(dense[rows]).mul_(keep[rows])
             old.copy_(torch.where(after <= before, new, old))
             errors.append([error[:, 0].clamp(min=0) for error in (before, torch.minimum(before, after))])
         return Refined(keep, *map(torch.cat, zip(*errors, strict=True)))
-
-    def _solve(self, h: Tensor, change: Tensor, keep: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
-        """Improve `change`, the scaled w - w0, in place; the rows' output errors before and after, (rows, 1).
-
-        After is inf where rounding leaves open whether the error fell.
-        """
-        rounding = 4 * torch.finfo(h.dtype).eps * len(h) ** 0.5  # curvatures of H below it are no more than that
-        product = change @ h
-        before = _dot(change, product) - _dot(change * ridge, change)
-        residual = product.neg().mul_(keep)
-        step = residual.clone()
-        square = _dot(residual, residual)
-        enough = square * self.tolerance**2
-        for _ in range(self.iterations):
-            if bool((square <= enough).all()):
-                break
-            torch.mm(step, h, out=product)
-            curvature = _dot(step, product)
-            firm = curvature > rounding * _dot(step, step)
-            length = torch.where(firm & (square > enough), square / curvature, 0.0)
-            change.addcmul_(step, length)
-            residual.addcmul_(product.mul_(keep), length, value=-1)
-            previous, square = square, _dot(residual, residual)
-            step.mul_(torch.where(previous > 0, square / previous, 0.0)).add_(residual)
-        torch.mm(change, h, out=product)
-        after = _dot(change, product) - _dot(change * ridge, change)
-        sure = after + rounding * _dot(change, change) <= before
-        return before, torch.where(sure, after, torch.inf)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """(rows, n), (rows, n) -> (rows, 1)."""
-    dot: Tensor = torch.linalg.vecdot(a, b)
-    return dot[:, None]
