@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from secateur.masks import NM, Unstructured
     from secateur.methods import Method, find_methods
+    from secateur.methods.alps import ALPS
     from secateur.methods.besa import BESA
     from secateur.methods.gblm import GBLM
     from secateur.methods.magnitude import Magnitude
@@ -72,6 +73,7 @@ _HOME = {
     ),
     "masks": ("NM", "Unstructured"),
     "methods": ("Method", "find_methods"),
+    "methods.alps": ("ALPS",),
     "methods.besa": ("BESA",),
     "methods.gblm": ("GBLM",),
     "methods.magnitude": ("Magnitude",),
@@ -91,6 +93,7 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "ALPS",
     "BESA",
     "GBLM",
     "NM",

@@ -80,7 +80,7 @@ class ALPS(Method):
                 u /= growth
         h, fitted = scaled(layer[Gram].mean, seen.rms), z.sub_(w0).clone()
         h.diagonal().add_(self.damping)
-        _, after = fit_kept(h, fitted, keep, torch.full_like(seen.rms, self.damping), iterations=self.refit)
+        _, after = fit_kept(h, fitted, keep, torch.zeros_like(seen.rms), iterations=self.refit)
         change = torch.where(torch.isfinite(after), fitted, z)
         change.div_(seen.rms.where(~seen.dead, torch.inf))  # a dead input has no say: its kept weights stay
         layer.weight.add_(change).mul_(keep).add_(0.0)
