@@ -11,8 +11,8 @@ import pytest
 import secateur
 
 PUBLIC = [
-    "ALPS", "BESA", "GBLM", "NM", "RIA", "Alpha", "DensePredictions", "Descent", "Magnitude", "Method", "Owl", "Recovery",
-    "Refit", "SecateurError", "SparseGPT", "Swap", "Table", "Uniform", "Unstructured", "Wanda", "calibration",
+    "ALPS", "BESA", "GBLM", "NM", "RIA", "Alpha", "DensePredictions", "Descent", "Magnitude", "Method", "Owl",
+    "Recovery", "Refit", "SecateurError", "SparseGPT", "Swap", "Table", "Uniform", "Unstructured", "Wanda", "calibration",
     "compare_calibrations", "compare_tasks", "fidelity", "find_layers", "find_methods", "generation", "layer_errors",
     "load", "measure", "perplexity", "plan", "prune", "read_instructions", "read_text", "recover", "save", "sparsity",
     "tasks",

@@ -153,8 +153,11 @@ def _accumulating(model: nn.Module, found: Mapping[Layer, Gradient]) -> Iterator
     def take(parameter: Tensor) -> None:
         assert parameter.grad is not None
         for layer in slices[parameter]:  # type: ignore[index]  # torch hands back the parameter itself
-            gradient = layer.view_of(parameter.grad).float()
-            found[layer].sum.add_(gradient.abs() if found[layer].norm == "l1" else gradient.square())
+            gradient = layer.view_of(parameter.grad).float()  # ours to change: nobody sees it any more
+            if found[layer].norm == "l1":
+                found[layer].sum.add_(gradient.abs_())
+            else:
+                found[layer].sum.addcmul_(gradient, gradient)
         parameter.grad = None
 
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
