@@ -12,10 +12,10 @@ import secateur
 
 PUBLIC = [
     "ALPS", "BESA", "GBLM", "NM", "RIA", "Alpha", "DensePredictions", "Descent", "Magnitude", "Method", "Owl",
-    "Recovery", "Refit", "SecateurError", "SparseGPT", "Swap", "Table", "Uniform", "Unstructured", "Wanda", "calibration",
-    "compare_calibrations", "compare_tasks", "fidelity", "find_layers", "find_methods", "generation", "layer_errors",
-    "load", "measure", "perplexity", "plan", "prune", "read_instructions", "read_text", "recover", "save", "sparsity",
-    "tasks",
+    "Recovery", "Refit", "SecateurError", "SparseGPT", "Swap", "Table", "Uniform", "Unstructured", "Wanda",
+    "calibration", "compare_calibrations", "compare_tasks", "fidelity", "find_layers", "find_methods",
+    "generation", "layer_errors", "load", "measure", "perplexity", "plan", "prune", "read_instructions",
+    "read_text", "recover", "save", "sparsity", "tasks",
 ]  # fmt: skip
 # the example of these stands where they are used: a contract, a root of errors, and what needs a model first
 WITHOUT_EXAMPLE = {"ALPS", "BESA", "Method", "SecateurError", "SparseGPT", "save"}
