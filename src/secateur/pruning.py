@@ -184,6 +184,7 @@ class _Run:
         keeps = self.job.method.prune_block(BlockView(name, views, targets, calls, using), self.job.pattern)
         for arrival, view, keep in zip(arrivals, views, keeps, strict=True):
             assert isinstance(arrival.seen, Bundle)
+            view.warnings[:] = [text for text in view.warnings if text not in self.warnings]  # once for all blocks
             self._finish(arrival.layer, view, keep, arrival.seen, self.job.method)
         if self.scouted and any(self.scouted.calls[layer] > 1 for layer in layers):
             self.warnings.append(
@@ -214,7 +215,7 @@ class _Run:
             whose = " + ".join((method.name(), *(one.name() for one in self.job.refine)))
             raise NumericalFailure(f"{whose} made weights of {layer.name} that are not finite numbers")
         self._write(layer, view.weight, keep, seen, error)
-        self.warnings.extend(text for text in view.warnings if text not in self.warnings)
+        self.warnings.extend(view.warnings)
 
     def _refine(self, layer: Layer, view: LayerView, keep: Tensor) -> tuple[Tensor, OutputError]:
         started = time.perf_counter()
