@@ -20,7 +20,7 @@ PATTERNS = ["row", "layer", "column", "model", "2:4", "4:8", "1:4", "6:8"]
 SPARSITY = 0.6
 OPTIONS: dict[str, dict[str, object]] = {
     "besa": {"steps": 2},  # more take longer than they show
-    "alps": {"iterations": 9, "refit": 3},  # conjugate gradients enlarge rounding with every step (docs/LOG.md)
+    "alps": {"iterations": 9},
 }
 
 

@@ -8,7 +8,7 @@ kept, in units in which every input has power one, H = X^T X / tokens + damping 
     U = W + U - Z                                       what Z lacks; it is 0 where Z is not
 
 from Z = W0, U = 0. The pull r grows, the faster the more the mask still moves, until the mask rests. Conjugate
-gradients then fit the kept weights (algorithm 2). W0: (out, in).  X: (tokens, in).
+gradients can then fit the kept weights (algorithm 2, `refit`). W0: (out, in).  X: (tokens, in).
 """
 
 from dataclasses import dataclass
@@ -33,13 +33,13 @@ class ALPS(Method):
 
     Attributes:
         iterations: at most this many steps; the mask usually rests after 30 to 50.
-        refit: steps of conjugate gradients on the kept weights.
+        refit: steps of conjugate gradients on the kept weights (algorithm 2); once the mask rests they change little.
         damping: what is added to the diagonal of H, whose entries are 1.
         pull: r at the start, rho in the paper.
     """
 
     iterations: int = 300
-    refit: int = 10
+    refit: int = 0
     damping: float = 0.03
     pull: float = 0.1
 
