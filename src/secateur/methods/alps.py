@@ -78,10 +78,12 @@ class ALPS(Method):
                 growth = next(growth for share, growth in _GROWTH if moved >= share)
                 pull *= growth
                 u /= growth
-        h, fitted = scaled(layer[Gram].mean, seen.rms), z.sub_(w0).clone()
-        h.diagonal().add_(self.damping)
-        _, after = fit_kept(h, fitted, keep, torch.zeros_like(seen.rms), iterations=self.refit)
-        change = torch.where(torch.isfinite(after), fitted, z)
+        change = z.sub_(w0)
+        if self.refit:
+            h, fitted = scaled(layer[Gram].mean, seen.rms), change.clone()
+            h.diagonal().add_(self.damping)
+            _, after = fit_kept(h, fitted, keep, torch.zeros_like(seen.rms), iterations=self.refit)
+            change = torch.where(torch.isfinite(after), fitted, change)
         change.div_(seen.rms.where(~seen.dead, torch.inf))  # a dead input has no say: its kept weights stay
         layer.weight.add_(change).mul_(keep).add_(0.0)
         return keep
