@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_definition import problem, view
 from torch import Tensor
 
 import naive
 from secateur.errors import InvalidParameter, NumericalFailure
 from secateur.factor import spectrum
 from secateur.masks import NM, Unstructured, parse_pattern
-from secateur.methods import LayerView, Method
+from secateur.methods import LayerView
 from secateur.methods.alps import ALPS
 from secateur.methods.sparsegpt import SparseGPT
 from secateur.statistics import Bundle
 
-
-def problem(rows: int = 12, columns: int = 24, tokens: int = 300, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
-    x = torch.randn(tokens, columns, generator=generator, dtype=torch.float64) @ (mix + 3 * torch.eye(columns))
-    return w, x * torch.linspace(0.2, 3, columns, dtype=torch.float64)
-
-
-def view(w: Tensor, x: Tensor, method: Method) -> LayerView:
-    bundle = Bundle(method.needs)
-    bundle.update(x)
-    return LayerView("layer", w.clone(), bundle)
+SIZE = {"rows": 12, "columns": 24, "tokens": 300}
 
 
 def plain_alps(w0: Tensor, x: Tensor, per: str, sparsity: float, damping: float, steps: int) -> tuple[Tensor, Tensor]:
@@ -59,7 +48,7 @@ def plain_alps(w0: Tensor, x: Tensor, per: str, sparsity: float, damping: float,
 
 @pytest.mark.parametrize("per", ["row", "layer", "column", "2:4", "1:4"])
 def test_it_is_the_paper(per: str) -> None:
-    w, x = problem()
+    w, x = problem(**SIZE)
     pattern = parse_pattern(per)
     share = pattern.sparsity if isinstance(pattern, NM) else 0.6
     method = ALPS(damping=0.02, refit=200)  # enough steps for the exact optimum
@@ -73,7 +62,7 @@ def test_it_is_the_paper(per: str) -> None:
 def test_it_beats_sparsegpt_on_average() -> None:
     ratios = []
     for seed in range(8):
-        w, x = problem(rows=16, columns=64, seed=seed)
+        w, x = problem(rows=16, columns=64, tokens=300, seed=seed)
         errors = []
         for method in (ALPS(), SparseGPT()):
             layer = view(w, x, method)
@@ -84,7 +73,7 @@ def test_it_beats_sparsegpt_on_average() -> None:
 
 
 def test_dead_inputs_go_first_and_do_no_harm() -> None:
-    w, x = problem()
+    w, x = problem(**SIZE)
     x[:, [3, 10]] = 0
     w[:, [3, 10]] = 100.0
     for per in ("row", "2:4"):
@@ -95,7 +84,7 @@ def test_dead_inputs_go_first_and_do_no_harm() -> None:
 
 
 def test_layers_that_read_one_input_share_its_eigenvectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    w, x = problem()
+    w, x = problem(**SIZE)
     method, calls = ALPS(), []
     real = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda h: calls.append(1) or real(h))
