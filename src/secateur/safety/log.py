@@ -54,7 +54,7 @@ class Header:
     @property
     def identity(self) -> dict[str, Any]:
         """What must agree, flat."""
-        parts = {"model": self.model, "generation": self.generation, "prompts": self.prompts}
+        parts = {"prompts": self.prompts, "model": self.model, "generation": self.generation}
         flat = {f"{part} {key}": value for part, facts in parts.items() for key, value in facts.items()}
         names = ("model name",) if "model sha256" in flat else ()
         return {key: value for key, value in flat.items() if key not in (*names, "prompts name")}
