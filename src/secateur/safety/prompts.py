@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from ..data.calibration import check_integer
 from ..data.instructions import ROLES
@@ -188,7 +188,8 @@ def read_prompts(spec: str | Path, *, label: str | None = None, name: str | None
         else:
             raise UsageError(_unrecognised(file, content, FORMATS))
     if label is not None:
-        found = replace(found, prompts=tuple(replace(prompt, label=label) for prompt in found.prompts))
+        chosen_label = cast(Label, label)
+        found = replace(found, prompts=tuple(replace(prompt, label=chosen_label) for prompt in found.prompts))
     if name is not None:
         found = replace(found, name=name, prompts=tuple(replace(prompt, set=name) for prompt in found.prompts))
     return found
@@ -293,7 +294,7 @@ def _prompt(file: Path, number: int, row: Row, columns: Mapping[str, str], fixed
         given.get("id") or str(number - 1),
         file.stem,
         text,
-        label,  # type: ignore[arg-type]
+        cast(Label, label),
         messages=messages,
         span=(0, len(text)) if text and not messages and not given.get("template") else None,
         source=str(file),
