@@ -122,6 +122,9 @@ def test_the_key_is_sent_and_never_written(monkeypatch, tmp_path) -> None:
     ):
         answer_at(at(url, key_env="MY_KEY"), some_prompts(2))
     assert "sesame" not in str(error.value)
+    monkeypatch.setenv("MY_KEY", "sésame")
+    with pytest.raises(UsageError, match="characters that no key has"):
+        answer_at(at("http://x/v1", key_env="MY_KEY"), some_prompts(2))
     monkeypatch.delenv("MY_KEY")
     with pytest.raises(UsageError, match="MY_KEY, which should hold the key, is not set"):
         at("http://x/v1", key_env="MY_KEY")
@@ -254,6 +257,7 @@ def test_a_refusal_in_its_own_field_is_the_answer() -> None:
     ("options", "says"),
     [
         ({"url": "localhost:8000"}, "'url' of endpoint must be a base URL"),
+        ({"url": "http://x:99999/v1"}, "a port below 65536"),
         ({"url": "http://me:secret@x/v1"}, "holds a password: put it in OPENAI_API_KEY"),
         ({"model": " "}, "'model' of endpoint"),
         ({"timeout": 0}, "'timeout' of endpoint"),

@@ -118,6 +118,7 @@ def test_a_set_is_narrowed_and_sampled_by_whole_tasks(tmp_path) -> None:
         ("a.json", {"a": 1}, ":text=goal,label=benign", "holds no list of rows, but a mapping of 1"),
         ("a.yaml", "a: [", ":text=goal,label=benign", "is not plain YAML, line 2"),
         ("a.yaml", "!!python/object/apply:os.system ['true']", "", "is not plain YAML, line 1 .*constructor"),
+        ("a.jsonl", [{"text": "a \ud800 b", "label": "benign"}], "", "Prompt 1 of 'a' holds half of a surrogate pair"),
         ("a.toml", "x = 1", "", r"is no file that prompts can be read from: \.csv"),
         ("a.csv", ROWS, "/b.csv", "There is no file"),
     ],
@@ -133,6 +134,8 @@ def test_an_unknown_format_offers_the_nearest(tmp_path) -> None:
     file = put(tmp_path, "a.csv", ROWS)
     with pytest.raises(UnknownName, match=r"no prompt format 'advbank'. Did you mean 'advbench'"):
         read_prompts(f"advbank={file}")
+    with pytest.raises(UnknownName, match=r"no prompt set 'bultin'. Did you mean 'builtin'.*Or a file"):
+        read_prompts("bultin")
     with pytest.raises(UnknownName, match="no column 'forbidden_prompt'"):
         read_prompts(f"strongreject={file}")
 

@@ -63,6 +63,10 @@ class PromptSet:
             raise LoadFailure(f"The prompt set '{self.name}' is empty: give at least one prompt.")
         seen: set[str] = set()
         for number, prompt in enumerate(self.prompts, 1):
+            try:
+                "".join((prompt.id, *(content for _, content in prompt.turns))).encode()
+            except UnicodeEncodeError as error:
+                raise LoadFailure(f"Prompt {number} of '{self.name}' holds half of a surrogate pair.") from error
             if prompt.id in seen:
                 raise LoadFailure(f"The id '{prompt.id}' stands twice in '{self.name}': give every prompt its own.")
             seen.add(prompt.id)
@@ -179,6 +183,9 @@ def read_prompts(spec: str | Path, *, label: str | None = None, name: str | None
         elif chosen not in FORMATS:
             raise UnknownName("prompt format", chosen, FORMATS)
         file = Path(path)
+        if not chosen and not exists(path) and file.suffix.lower() not in files.SUFFIXES:
+            hint = " Or a file: FILE, FORMAT=FILE, FILE:text=COLUMN,label=harmful."
+            raise UnknownName("prompt set", text, ("builtin",), hint)
         content = files.read_file(file)
         chosen = chosen or recognise(content)
         if chosen == "records":
@@ -288,7 +295,8 @@ def _prompt(file: Path, number: int, row: Row, columns: Mapping[str, str], fixed
     label = fixed or given.get("label") or ""
     label = OTHER_LABELS.get(label, label)
     if label not in LABELS:
-        raise UnknownName("label", label, (*LABELS, *OTHER_LABELS), f" This is {where}.")
+        short = label if len(label) <= 20 else f"{label[:12]}…"  # it may be a prompt
+        raise UnknownName("label", short, (*LABELS, *OTHER_LABELS), f" This is {where}.")
     text = given.get("text") or (messages or (("", ""),))[-1][1]
     return Prompt(
         given.get("id") or str(number - 1),
