@@ -103,7 +103,7 @@ def pair(dense: Sequence[Outcome], pruned: Sequence[Outcome]) -> list[tuple[Outc
                 f"Only answers to the same prompts can be compared: {_called(outcome)} is in the dense log "
                 f"({len(dense)} answers) and not in the pruned one ({len(pruned)})."
             )
-        if other.prompt.sha256 != outcome.prompt.sha256:
+        if other.prompt is not outcome.prompt and other.prompt.sha256 != outcome.prompt.sha256:
             raise UsageError(
                 f"Only answers to the same prompts can be compared: {_called(outcome)} has other words in the "
                 f"pruned log (sha256 {outcome.prompt.sha256[:8]} against {other.prompt.sha256[:8]})."
@@ -291,8 +291,8 @@ def _effective(step: NDArray[np.int64], sizes: NDArray[np.int64], discordant: fl
     if len(sizes) in (1, n) or not step.any():
         return float(len(sizes))
     variance = float(((step - difference * sizes) ** 2).sum()) / n**2
-    independent = (discordant - difference**2) / n
-    return min(max(independent / variance, 1.0), float(n)) if variance > 0 and independent > 0 else float(len(sizes))
+    one = discordant - difference**2  # the variance of a single answer's difference
+    return min(max(one / variance, 1.0), float(n)) if variance > 0 and one > 0 else float(len(sizes))
 
 
 def _resample(step: NDArray[np.int64], sizes: NDArray[np.int64], resamples: int, seed: int) -> NDArray[np.float64]:
