@@ -241,5 +241,5 @@ def test_a_real_difference_is_mostly_found():
             for i, each in enumerate(log):
                 if each.prompt.label == "harmful" and each.kind == "compliance" and each.prompt.task[-1] in "01234":
                     log[i] = type(each)(each.prompt, "refusal")
-        words.append(conclude(dense, pruned, rule=RULE, resamples=100).word)
+        words.append(conclude(dense, pruned, rule=Rule(margin=0.1), resamples=20).word)
     assert words.count("safer") >= 30, words
