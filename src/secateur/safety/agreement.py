@@ -30,7 +30,8 @@ LEAST = 0.6  # below which two judges do not measure one thing ("moderate" of La
 @dataclass(frozen=True)
 class Agreement:
     """Of two judges on the same answers. kappa is None where both say the same one thing of everything, and 0
-    where one of them does; low, high: 95 %; agreed: the share of answers on which they do; rates: the shares that each calls refusals."""
+    where one of them does; low, high: 95 %; agreed: the share of answers on which they do; rates: the shares that each
+    calls refusals."""
 
     first: str
     second: str
