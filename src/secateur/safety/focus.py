@@ -37,8 +37,7 @@ from torch import Tensor, nn
 from secateur.errors import InvalidParameter, NumericalFailure, UsageError
 from secateur.evaluate.logits import Reader
 from secateur.progress import Progress, silent
-from secateur.safety.clusters import Estimate, check_same, cluster_mean, signed_rank
-from secateur.safety.comparing import holm
+from secateur.safety.clusters import Estimate, check_same, cluster_mean, holm, signed_rank
 from secateur.safety.records import Prompt
 from secateur.safety.rendered import Rendered, check_prompts, check_room, render
 from secateur.walk import evaluating
