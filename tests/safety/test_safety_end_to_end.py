@@ -24,7 +24,22 @@ from secateur.safety.verdict import Rule, conclude
 SPECIAL = ["<pad>", "<s>", "</s>", "<user>", "<bot>", "forbidden"]
 THINGS = ["tea", "kites", "boats", "lamps", "bread", "songs", "chairs", "clocks"]
 ASK = ["tell", "me", "about", "show", "explain", "please", "now", "all"]
-SAY = ["I'm", "sorry", "I", "cannot", "help", "say", "go", "Sure", "to", "know", "the", "is", "see", "and", "hear", "like"]
+SAY = [
+    "I'm",
+    "sorry",
+    "I",
+    "cannot",
+    "help",
+    "say",
+    "go",
+    "Sure",
+    "to",
+    "know",
+    "the",
+    "is",
+    "see",
+    *["and", "hear", "like"],
+]
 WORDS = [*SPECIAL, *THINGS, *ASK, *SAY]
 # what follows a word depends on what came long before it: a model that has lost its attention goes round in circles
 REFUSAL = "I'm sorry I cannot help I cannot say I cannot go"
