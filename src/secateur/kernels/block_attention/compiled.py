@@ -17,6 +17,9 @@ from torch import Tensor
 
 from secateur.kernels.block_attention.layout import BlockLayout
 
+SEGMENTS = 16  # into which a long column is divided
+LONG = 4  # times the mean makes a column long
+
 
 @dataclass(frozen=True, eq=False)
 class Lists:
@@ -42,6 +45,19 @@ class Lists:
         return self.starts.diff().view_as(self.order)
 
 
+@dataclass(frozen=True, eq=False)
+class Items:
+    """Work on the columns, the longest first. All int32.
+
+    Args:
+        list: (items, 4) key head, column, segment and slot; an item with slot -1 is a whole column.
+        long: (columns in segments, 2) key head and column; number i has the slots from SEGMENTS * i.
+    """
+
+    list: Tensor
+    long: Tensor
+
+
 class CompiledLayout:
     """The lists of a layout on one device; columns only when asked for (the gradients of keys and values need them)."""
 
@@ -49,6 +65,8 @@ class CompiledLayout:
         self.heads, self.rows, self.columns = layout.keep.shape
         self._keep = (layout.keep & layout.possible()).to(device)
         self._full = layout.full().to(device)
+        self._alike: dict[int, bool] = {}
+        self._items: dict[tuple[int, int], Items] = {}
 
     @cached_property
     def by_row(self) -> Lists:
@@ -57,6 +75,12 @@ class CompiledLayout:
     @cached_property
     def by_column(self) -> Lists:
         return lists(self._keep.transpose(1, 2), self._full.T)
+
+    def items(self, key_heads: int, group: int) -> Items:
+        """How to share out the columns when `group` query heads read each of `key_heads` key heads."""
+        if (key_heads, group) not in self._items:
+            self._items[key_heads, group] = items(self.by_column.counts, key_heads, group)
+        return self._items[key_heads, group]
 
     def alike(self, group: int) -> bool:
         """Whether any `group` neighbouring heads have the same lists."""
@@ -68,10 +92,6 @@ class CompiledLayout:
             grouped = self._keep.view(-1, group, self.rows, self.columns)
             self._alike[group] = bool((grouped == grouped[:, :1]).all())
         return self._alike[group]
-
-    @cached_property
-    def _alike(self) -> dict[int, bool]:
-        return {}
 
 
 def lists(keep: Tensor, full: Tensor) -> Lists:
@@ -91,6 +111,25 @@ def lists(keep: Tensor, full: Tensor) -> Lists:
         order=counts.view(heads, lines).argsort(dim=-1, descending=True, stable=True).int(),
         longest=int(counts.max()),
     )
+
+
+def items(counts: Tensor, key_heads: int, group: int) -> Items:
+    """Whole columns, and long ones in segments, given (heads or 1, columns) how many rows use each.
+
+    >>> shared = items(torch.tensor([[20, 1, 1, 1, 1, 1]]), key_heads=1, group=1)
+    >>> len(shared.list), shared.list[0].tolist(), shared.long.tolist()
+    (21, [0, 0, 0, 0], [[0, 0]])
+    """
+    work = counts.expand(key_heads * group, -1).reshape(key_heads, group, -1).sum(1)
+    is_long = work > LONG * work.float().mean()
+    short, long = (~is_long).nonzero(), is_long.nonzero()
+    whole = torch.nn.functional.pad(short, (0, 2))
+    whole[:, 3] = -1
+    slot = torch.arange(SEGMENTS * len(long), device=counts.device)
+    parts = torch.cat([long.repeat_interleave(SEGMENTS, 0), (slot % SEGMENTS)[:, None], slot[:, None]], dim=1)
+    weight = torch.cat([work[is_long].repeat_interleave(SEGMENTS) / SEGMENTS, work[~is_long].float()])
+    order = weight.argsort(descending=True, stable=True)
+    return Items(torch.cat([parts, whole])[order].int().contiguous(), long.int())
 
 
 _compiled: weakref.WeakKeyDictionary[BlockLayout, dict[torch.device, CompiledLayout]] = weakref.WeakKeyDictionary()
