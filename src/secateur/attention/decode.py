@@ -42,7 +42,7 @@ def decode(call: AttentionCall, mask: SiteMask) -> Tensor | None:
     if call.key_keep is not None:
         keep = keep & call.key_keep[:, index][:, :, None]
     head = torch.arange(groups, device=device)[:, None]
-    query = pack(call.query, groups)
-    assert query is not None
-    output = masked(query, call.key[:, head, index], call.value[:, head, index], keep, None, scale=call.scaling)
+    output = masked(
+        pack(call.query, groups), call.key[:, head, index], call.value[:, head, index], keep, None, scale=call.scaling
+    )
     return output.flatten(1, 2)[:, None]

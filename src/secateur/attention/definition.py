@@ -30,7 +30,8 @@ def attend(call: AttentionCall, keep: Callable[[slice], Tensor] | None = None) -
     if queries > 1 and heads != key.shape[1]:
         key, value = (part.repeat_interleave(heads // key.shape[1], 1) for part in (key, value))
     square = call.causal and queries == seen
-    if keep is None and call.position_bias is None and call.attention_mask is None and (square or not call.causal):
+    plain = keep is None and call.position_bias is None and call.attention_mask is None
+    if plain and (square or not call.causal or queries == 1):
         output = functional.scaled_dot_product_attention(
             call.query,
             key,
@@ -54,21 +55,33 @@ def visible(call: AttentionCall) -> int:
     return min(keys, call.offset + call.query.shape[2])
 
 
-def masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, **how: float) -> Tensor:
+def masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    *,
+    scale: float,
+    dropout_p: float = 0.0,
+) -> Tensor:
     """SDPA over the keys of a bool mask, with a bias on the scores; queries without a key give 0, and no gradient.
 
     Args:
         query: (batch, heads, queries, head size), and key and value of as many heads.
         mask, bias: (batch or 1, heads or 1, queries, keys), or None.
-        how: `scale` and `dropout_p`.
+        scale: of the scores.
+        dropout_p: of the probabilities.
     """
+    bias = None if bias is None else bias.to(query.dtype)
     if mask is None:
-        return functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, **how)
+        return functional.scaled_dot_product_attention(query, key, value, bias, dropout_p, scale=scale)
     dead = ~mask.any(-1, keepdim=True)
     total = mask | dead  # a row of -inf would give nan, and so would its gradient
     if bias is not None:
         total = torch.where(total, bias, torch.full((), -torch.inf, dtype=bias.dtype, device=bias.device))
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=total, **how).masked_fill(dead, 0)
+    output = functional.scaled_dot_product_attention(query, key, value, total, dropout_p, scale=scale)
+    return output.masked_fill(dead, 0)
 
 
 def _rows(
@@ -81,14 +94,14 @@ def _rows(
         allowed = kept if allowed is None else allowed & kept
     grouped = query.shape[1] != key.shape[1]  # one row: the heads of a group are its rows
     if grouped:
-        allowed, bias, query = (pack(part, key.shape[1]) for part in (allowed, bias, query))
-        assert query is not None
+        query = pack(query, key.shape[1])
+        allowed, bias = (None if part is None else pack(part, key.shape[1]) for part in (allowed, bias))
     output = masked(query, key, value, allowed, bias, scale=call.scaling, dropout_p=call.dropout)
     return output.flatten(1, 2)[:, :, None] if grouped else output
 
 
-def pack(part: Tensor | None, groups: int) -> Tensor | None:
+def pack(part: Tensor, groups: int) -> Tensor:
     """(batch, heads, 1, n) -> (batch, groups, heads / groups, n); what all heads share stays as it is."""
-    if part is None or part.shape[1] == 1:
+    if part.shape[1] == 1:
         return part
     return part.reshape(part.shape[0], groups, -1, part.shape[-1])
