@@ -11,7 +11,7 @@ import shutil
 import sys
 import weakref
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -57,10 +57,10 @@ def flex(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: 
     options = None
     if query.device.type == "cuda" and layout.block < 128:
         options = {"BLOCK_M": layout.block, "BLOCK_N": min(layout.block, 64)}
-    limits = torch._dynamo.config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=8 * SHAPES)
+    attention = _attention()
     try:
-        with limits:
-            out: Tensor = _attention()(
+        with torch._dynamo.config.patch(recompile_limit=SHAPES):
+            out: Tensor = attention(
                 query,
                 key,
                 value,
@@ -80,16 +80,18 @@ def _attention() -> Callable[..., Any]:
     import torch._dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _mask(block: int, causal: bool) -> Callable[..., Tensor]:
     """What is allowed inside a block that is not full. Causality cuts blocks on the diagonal only; ragged ends are
     FlexAttention's own care. So no positions come in, and one function does for all lengths and offsets."""
 
     def on_diagonal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return query % block >= key % block
+        if block & (block - 1):
+            return query % block >= key % block
+        return query & (block - 1) >= key & (block - 1)  # a division an entry takes as long as the rest of the block
 
     def everywhere(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return query >= 0

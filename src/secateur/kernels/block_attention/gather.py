@@ -1,7 +1,7 @@
 """The kept blocks of every row gathered side by side, then dense attention over them: any device, with gradients.
 
-Rows of similar length share a bucket, padded to its longest, and a bucket is one call. Copying the blocks costs time, so
-this beats a mask from about 60 % sparsity on, not before.
+Rows of similar length share a bucket, padded to its longest, and a bucket is one call. Copying the blocks costs time,
+so this beats a mask from about 60 % sparsity on, not before.
 """
 
 from __future__ import annotations

@@ -67,7 +67,9 @@ def forward_tile(block: int, head_size: int, dtype: torch.dtype, group: int = 1)
     most = 64 if exact else 128  # fp32 is multiplied without tensor cores and takes twice the room
     queries = min(block, most)
     pack = packed(group, queries, most)
-    return Tile(queries, min(block, 32 if exact else 64), pack, 8 if wide and queries * pack == 128 else 4, 2 + (not wide))
+    return Tile(
+        queries, min(block, 32 if exact else 64), pack, 8 if wide and queries * pack == 128 else 4, 2 + (not wide)
+    )
 
 
 def query_gradient_tile(block: int, head_size: int, dtype: torch.dtype, group: int = 1) -> Tile:
