@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from secateur.errors import UnknownName, UsageError
-from secateur.kernels.block_attention.gather import gather
+from secateur.kernels.block_attention.gather import gathered_attention
 from secateur.kernels.block_attention.layout import BlockLayout, blocks_of
-from secateur.kernels.block_attention.reference import reference
+from secateur.kernels.block_attention.reference import reference_attention
 
 __all__ = ["BACKENDS", "BlockLayout", "block_attention", "blocks_of", "choose_backend", "refusal"]
 
@@ -71,22 +71,22 @@ def block_attention(
     if backend != "auto" and (reason := refusal(backend, query, layout, key_keep, needs_grad)):
         raise UsageError(f"The attention backend '{backend}' cannot take this: {reason}.")
     if chosen == "triton":
-        from secateur.kernels.block_attention.triton import block_attention_triton
+        from secateur.kernels.block_attention.triton import triton_attention
 
-        return block_attention_triton(query, key, value, layout, scale, key_keep)
+        return triton_attention(query, key, value, layout, scale, key_keep)
     if chosen == "flex":
-        from secateur.kernels.block_attention.flex import CannotCompile, flex
+        from secateur.kernels.block_attention.flex import CannotCompile, flex_attention
 
         try:
-            return flex(query, key, value, layout, scale)
+            return flex_attention(query, key, value, layout, scale)
         except CannotCompile as error:
             if backend != "auto":
                 raise
             warnings.warn(str(error), stacklevel=2)
             chosen = "gather"
     if chosen == "gather":
-        return gather(query, key, value, layout, scale, key_keep)
-    return reference(query, key, value, layout, scale, key_keep)
+        return gathered_attention(query, key, value, layout, scale, key_keep)
+    return reference_attention(query, key, value, layout, scale, key_keep)
 
 
 def choose_backend(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import warnings
 import weakref
 from collections.abc import Callable
 from functools import cache, lru_cache
@@ -44,7 +45,7 @@ def odd_tail(layout: BlockLayout) -> bool:
     return layout.causal and layout.keys % layout.block != 0 and last_row > layout.keys // layout.block
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float) -> Tensor:
+def flex_attention(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float) -> Tensor:
     """Attention (B, Hq, Q, D) by FlexAttention.
 
     Raises:
@@ -59,7 +60,8 @@ def flex(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: 
         options = {"BLOCK_M": layout.block, "BLOCK_N": min(layout.block, 64)}
     attention = _attention()
     try:
-        with torch._dynamo.config.patch(recompile_limit=SHAPES):
+        with torch._dynamo.config.patch(recompile_limit=SHAPES), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch's, of itself
             out: Tensor = attention(
                 query,
                 key,
@@ -70,7 +72,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: 
                 kernel_options=options,
             )
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise CannotCompile(f"FlexAttention could not be compiled: {reason} Use the backend 'gather'.") from error
     return out[:, :, ahead:]
 
@@ -78,9 +80,9 @@ def flex(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: 
 @lru_cache(maxsize=1)
 def _attention() -> Callable[..., Any]:
     import torch._dynamo
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention import flex_attention as module
 
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    return torch.compile(module.flex_attention, dynamic=True, fullgraph=True)
 
 
 @cache

@@ -92,7 +92,7 @@ def decode_tile(block: int, head_size: int, dtype: torch.dtype, group: int = 1) 
     return Tile(max(16, pack), min(block, 32 if dtype == torch.float32 else 64), pack, 4, 2)
 
 
-def block_attention_triton(
+def triton_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, key_keep: Tensor | None
 ) -> Tensor:
     """Attention (B, Hq, Q, D) with our own kernels; with gradients where they are wanted."""
