@@ -46,7 +46,7 @@ def test_tiles_are_sums_of_the_whole_matrix(heads, kv, queries, keys, block, kin
         allowed[2] = False
     if kind == "bias":
         options["bias"] = torch.randn(1 if block == 4 else heads, queries, keys)
-    found = attention_tiles(query, key, 0.7, block, allowed=allowed, budget=budget, **options)
+    found = attention_tiles(query, key, 0.7, block, allowed=lambda rows: allowed[rows], budget=budget, **options)
     matrix = whole(query, key, 0.7, allowed, **options)
     torch.testing.assert_close(found.mass.double(), naive_tiles(matrix, block), rtol=1e-5, atol=1e-5)
     assert torch.equal(found.count, naive_tiles(allowed[None].long(), block)[0])
@@ -65,7 +65,7 @@ def test_tiles_are_sums_of_the_whole_matrix(heads, kv, queries, keys, block, kin
 def test_half_precision_is_summed_in_fp32():
     query, key = torch.randn(2, 64, 8).half(), torch.randn(1, 64, 8).half()
     allowed = causal_pairs(64, 64)
-    found = attention_tiles(query, key, 0.5, 8, allowed=allowed)
+    found = attention_tiles(query, key, 0.5, 8, allowed=lambda rows: allowed[rows])
     assert found.mass.dtype == torch.float32
     torch.testing.assert_close(found.mass.double(), naive_tiles(whole(query, key, 0.5, allowed), 8), rtol=1e-5, atol=1e-5)
 

@@ -9,6 +9,7 @@ Beside T, four facts of every query are summed block row by block row, exactly, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +78,7 @@ def attention_tiles(
     scaling: float,
     block: int,
     *,
-    allowed: Tensor,
+    allowed: Callable[[slice], Tensor],
     bias: Tensor | None = None,
     budget: int = BUDGET,
 ) -> Tiles:
@@ -88,51 +89,58 @@ def attention_tiles(
         key: (kv heads, keys, width); every kv head serves heads / kv heads of the queries.
         scaling: of the products.
         block: tokens on a side of a block.
-        allowed: bool (queries, keys), True where they may meet. A query that may see nothing gives no mass.
+        allowed: rows of queries -> bool (rows, keys), True where they may meet. A query that may see nothing gives
+            no mass.
         bias: (heads or 1, queries, keys), added before the softmax.
         budget: bytes of scores in a chunk.
 
     Returns:
         Mass and counts; rows and columns are blocks counted from position 0.
 
-    >>> q = torch.zeros(1, 4, 2)
-    >>> attention_tiles(q, q, 1.0, 2, allowed=causal_pairs(4, 4)).mass
+    >>> q, pairs = torch.zeros(1, 4, 2), causal_pairs(4, 4)
+    >>> attention_tiles(q, q, 1.0, 2, allowed=lambda rows: pairs[rows]).mass
     tensor([[[2.0000, 0.0000],
              [1.1667, 0.8333]]])
     """
     heads, queries, _ = query.shape
-    group = heads // key.shape[0]
-    keys = key.shape[1]
-    step = max(1, budget // (4 * keys * group) // block) * block
-    last = allowed.any(0).nonzero()
-    reach = int(last[-1]) + 1 if len(last) else 0
+    keys, group = key.shape[1], heads // key.shape[0]
     rows, columns = blocks(queries, block), blocks(keys, block)
+    step = max(1, budget // (4 * keys * group) // block) * block
     mass = torch.zeros(heads, rows, columns, device=query.device)
     facts = torch.zeros(heads, rows, len(FACTS), device=query.device)
+    count = torch.zeros(rows, columns, dtype=torch.long, device=query.device)
+    active = torch.zeros(queries, dtype=torch.bool, device=query.device)
     for first in range(0, queries, step):
         part = slice(first, min(first + step, queries))
-        seen = allowed[part].any(0).nonzero()
+        mask = allowed(part)
+        seen = mask.any(0).nonzero()
         if not len(seen):
             continue
-        end = min(blocks(int(seen[-1]) + 1, block) * block, reach, keys)
-        mask = allowed[part, :end]
+        end = min(blocks(int(seen[-1]) + 1, block) * block, keys)
+        mask = mask[:, :end]
         at = slice(first // block, first // block + blocks(part.stop - first, block))
+        count[at, : blocks(end, block)] = sum_tiles(mask.float(), block).long()
+        active[part] = mask.any(1)
         for own in range(key.shape[0]):
             chosen = slice(own * group, (own + 1) * group)
-            scores = query[chosen, part].float() @ key[own, :end].float().mT
-            scores = scores.mul_(scaling)
+            scores = (query[chosen, part].float() @ key[own, :end].float().mT).mul_(scaling)
             if bias is not None:
                 scores += bias[chosen if bias.shape[0] > 1 else slice(None), part, :end].float()
             weights, entropy = _softmax(scores, mask)
             mass[chosen, at, : blocks(end, block)] = sum_tiles(weights, block)
             facts[chosen, at] = _facts(weights, entropy, first, block)
-    return Tiles(
-        mass=mass,
-        count=sum_tiles(allowed.long(), block),
-        area=sum_tiles(torch.ones_like(allowed, dtype=torch.long), block),
-        facts=facts,
-        queries=pad(allowed.any(1).long(), (0, rows * block - queries)).view(rows, block).sum(1),
-    )
+    across = [lengths(tokens, block, query.device) for tokens in (queries, keys)]
+    there = pad(active.long(), (0, rows * block - queries)).view(rows, block).sum(1)
+    return Tiles(mass, count, across[0][:, None] * across[1], facts, there)
+
+
+def lengths(tokens: int, block: int, device: torch.device | None = None) -> Tensor:
+    """How many tokens each block has: (blocks,) int64.
+
+    >>> lengths(5, 2).tolist()
+    [2, 2, 1]
+    """
+    return (tokens - block * torch.arange(blocks(tokens, block), device=device)).clamp(max=block)
 
 
 def _softmax(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
