@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from .hooks import AttentionCall
 
-ENTRIES = 2**26  # of a mask at a time
+ENTRIES = 2**24  # of a mask at a time
 
 
 def attend(call: AttentionCall, keep: Callable[[slice], Tensor] | None = None) -> Tensor:
