@@ -7,7 +7,7 @@ token's place is the number of real tokens before it, so that padding, left or r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -157,7 +157,9 @@ def _ready(data: Any) -> list[Batch]:
 
 
 def _identity(model: Any, sites: Sequence[Site]) -> dict[str, Any]:
-    return {"class": type(model).__name__, "sites": [site.name for site in sites]}
+    """What a plan made from the observation is held to."""
+    found = {"model_type": str(model.config.model_type), "architecture": type(model).__name__}
+    return found | {"sites": [asdict(site) for site in sites]}
 
 
 def _rows(batch: Batch) -> int:
