@@ -26,9 +26,8 @@ __all__ = ["BACKENDS", "BlockLayout", "block_attention", "blocks_of", "choose_ba
 
 BACKENDS = ("triton", "flex", "gather", "reference")
 
-LONG = 1024  # from this length on compiling FlexAttention for a CPU pays
+LONG = 2048  # from this length on compiling FlexAttention for a CPU pays
 SHORT = 256  # below this length gathering does not
-DENSE = 0.4  # above this density neither does it
 
 
 def block_attention(
@@ -101,9 +100,11 @@ def choose_backend(
     able = [name for name in BACKENDS if refusal(name, query, layout, key_keep, needs_grad) is None]
     if query.device.type == "cuda":
         able = [name for name in able if name != "flex" or "triton" not in able]
-    elif layout.queries * layout.keys < LONG * LONG:  # compiling takes ten seconds, once; short lengths never repay it
+    elif (
+        layout.queries * layout.keys < LONG * LONG or layout.density() == 1
+    ):  # compiling takes ten seconds, once; short lengths never repay it
         able = [name for name in able if name != "flex"]
-    if layout.queries * layout.keys < SHORT * SHORT or layout.density() > DENSE:
+    if layout.queries * layout.keys < SHORT * SHORT or layout.density() == 1:
         able = [name for name in able if name != "gather"]
     return able[0]
 
