@@ -1,0 +1,75 @@
+"""The prompts of a study: several sets as one, with ids that differ and whole tasks drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from secateur.errors import UsageError
+from secateur.safety.prompts import PromptSet, read_prompts
+from secateur.safety.records import Prompt
+
+
+@dataclass(frozen=True)
+class Asked:
+    """All prompts of a study; an id is SET/ID, and so is a task: nothing is shared between sets."""
+
+    prompts: PromptSet = field(repr=False)
+    sets: tuple[dict[str, Any], ...]
+
+    def record(self) -> list[dict[str, Any]]:
+        """What a report needs of each prompt: no text."""
+        keys = ("id", "set", "label", "category", "subcategory", "severity", "template", "cluster", "sha256")
+        return [{key: getattr(prompt, key) for key in keys} for prompt in self.prompts]
+
+
+def ask(specs: Sequence[str], *, limit: int | None = None, seed: int = 0) -> Asked:
+    """Read prompt sets and draw from each.
+
+    Args:
+        specs: as `read_prompts` reads them.
+        limit: at most so many tasks of each set, with all their templates; None takes all.
+        seed: of the draw.
+
+    Raises:
+        UsageError: two sets of one name, or none of the prompts is harmful.
+        And the errors of `read_prompts`.
+
+    >>> found = ask(["builtin"], limit=6)
+    >>> found.prompts.counts["label"], found.prompts.prompts[0].id.partition("/")[0] == found.sets[0]["name"]
+    ({'benign': 2, 'borderline': 2, 'harmful': 2}, True)
+    """
+    sets = [read_prompts(spec) for spec in specs]
+    names = [each.name for each in sets]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"Two prompt sets are called '{twice[0]}': give the files different names.")
+    prompts: list[Prompt] = []
+    records: list[dict[str, Any]] = []
+    for spec, each in zip(specs, sets, strict=True):
+        drawn = each if limit is None else each.sample(limit, seed)
+        prompts += [_within(each.name, prompt) for prompt in drawn]
+        records.append(_about(spec, each, drawn))
+    if not any(prompt.label == "harmful" for prompt in prompts):
+        raise UsageError(
+            "None of the prompts is labelled harmful, so there is nothing to refuse: name a set with harmful prompts."
+        )
+    warnings = tuple(warning for each in sets for warning in each.warnings)
+    return Asked(PromptSet(" + ".join(names), tuple(prompts), ", ".join(specs), warnings=warnings), tuple(records))
+
+
+def _within(name: str, prompt: Prompt) -> Prompt:
+    return replace(prompt, id=f"{name}/{prompt.id}", task=f"{name}/{prompt.cluster}")
+
+
+def _about(spec: str, whole: PromptSet, drawn: PromptSet) -> dict[str, Any]:
+    return {
+        "name": whole.name,
+        "spec": spec,
+        "source": whole.source,
+        "file_sha256": whole.file_sha256,
+        "prompts": len(drawn),
+        "of": len(whole),
+        "tasks": len({prompt.cluster for prompt in drawn}),
+        "labels": dict(drawn.counts["label"]),
+    }

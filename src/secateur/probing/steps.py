@@ -1,0 +1,215 @@
+"""The steps of one arm: what each asks for, and how it is done. A step that exists is never done again.
+
+A step's request holds everything that its result depends on and nothing else: not the batch size or the device,
+which change it by rounding, so that a run that ran out of memory goes on with smaller batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from secateur import parallel
+from secateur.evaluate import DensePredictions, measure, perplexity, tasks
+from secateur.probing.asked import Asked
+from secateur.probing.folder import StudyFolder, hash_of
+from secateur.probing.options import Arm, Study
+from secateur.progress import Progress
+from secateur.safety.judges import Judge
+from secateur.safety.records import Answer, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step may use. `dense` gives the dense model's predictions on the study's text, made when first asked."""
+
+    study: Study
+    arm: Arm
+    asked: Asked
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: StudyFolder
+    dense: Callable[[], DensePredictions]
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Step:
+    """`alone`: done by the first process only; else every process does its share of the prompts."""
+
+    name: str
+    request: Mapping[str, Any]
+    run: Callable[[Work], Any]
+    alone: bool = False
+
+
+def steps_of(study: Study, arm: Arm, asked: Asked, source: Mapping[str, Any]) -> list[Step]:
+    """The steps that need the arm's model, the cheap ones last: what takes longest is what is wanted first."""
+    base = {"model": dict(source), "cut": cut_of(study, arm)}
+    prompted = base | {"prompts": asked.prompts.sha256}
+    answering = ("max_new_tokens", "answers_per_prompt", "temperature", "seed")
+    found = []
+    if "answers" in study.measures:
+        found.append(Step("answers", prompted | _of(study, *answering), _answers))
+    for name, run in (("margin", _margin), ("focus", _focus), ("shift", _shift)):
+        if name in study.measures:
+            found.append(Step(name, prompted, run))
+    if {"perplexity", "fidelity"} & set(study.measures):
+        found.append(Step("text", base | _of(study, "text", "seqlen", "windows"), _text, alone=True))
+    if "tasks" in study.measures:
+        found.append(Step("tasks", base | _of(study, "tasks", "task_limit", "seed"), _tasks, alone=True))
+    if study.gcg:
+        found.append(Step("gcg", prompted | _of(study, "gcg", "gcg_behaviours", "seed"), _gcg, alone=True))
+    return found
+
+
+def cut_of(study: Study, arm: Arm) -> dict[str, Any] | None:
+    """How an arm's model is made from the dense one; None for that one."""
+    if arm.target is None:
+        return None
+    how = _of(study, "method", "calibration", "samples", "seqlen", "seed")
+    return {"target": arm.target, "sparsity": arm.sparsity, **how}
+
+
+def judge_request(answers: Sequence[Answer], judges: Sequence[Judge]) -> dict[str, Any]:
+    """What verdicts depend on: the answers, and the judges in their versions."""
+    return {
+        "answers": hash_of({"answers": [vars(each) for each in answers]}),
+        "judges": [{"name": judge.name, "version": judge.version} for judge in judges],
+    }
+
+
+def _of(study: Study, *names: str) -> dict[str, Any]:
+    return {name: getattr(study, name) for name in names}
+
+
+def located(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts of which it is known where the task is: bare ones, and those with a span."""
+    return [prompt for prompt in prompts if prompt.span is not None or prompt.template is None]
+
+
+def _few(study: Study) -> int:
+    """Prompts in a pass that holds attention maps or all logits."""
+    return max(1, study.batch_size // 4)
+
+
+def _mine(work: Work) -> list[Prompt]:
+    return parallel.share(work.asked.prompts.prompts)
+
+
+def _answers(work: Work) -> dict[str, Any]:
+    from secateur.safety.generate import answer
+
+    found = answer(  # it knows of ranks by itself, and puts their logs together
+        work.model,
+        work.tokenizer,
+        work.asked.prompts,
+        max_new_tokens=work.study.max_new_tokens,
+        batch_size=work.study.batch_size,
+        samples=work.study.answers_per_prompt,
+        temperature=work.study.temperature,
+        seed=work.study.seed,
+        log=work.folder.log(work.arm.name),
+        model_name=work.arm.name,
+        progress=work.progress,
+    )
+    every = parallel.gather(found)
+    return {
+        "answers": len(every),
+        "tokens": sum(each.tokens for each in every),
+        "cut": sum(each.finish == "length" for each in every),
+        "log": work.folder.log(work.arm.name).name,
+    }
+
+
+def located(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts of which it is known where the task is: bare ones, and those with a span."""
+    return [prompt for prompt in prompts if prompt.span is not None or prompt.template is None]
+
+
+def _few(study: Study) -> int:
+    """Prompts in a pass that holds attention maps or all logits."""
+    return max(1, study.batch_size // 4)
+
+
+def _mine(work: Work) -> list[Prompt]:
+    return parallel.share(work.asked.prompts.prompts)
+
+
+def _answers(work: Work) -> dict[str, Any]:
+    from secateur.safety.generate import answer
+
+    found = answer(  # it knows of ranks by itself, and puts their logs together
+        work.model,
+        work.tokenizer,
+        work.asked.prompts,
+        max_new_tokens=work.study.max_new_tokens,
+        batch_size=work.study.batch_size,
+        samples=work.study.answers_per_prompt,
+        temperature=work.study.temperature,
+        seed=work.study.seed,
+        log=work.folder / work.arm.name / "answers.jsonl",
+        model_name=work.arm.name,
+        progress=work.progress,
+    )
+    return [asdict(each) for each in in_order(work.asked.prompts, parallel.gather(found))]
+
+
+def in_order(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[Answer]:
+    """Answers in the order of the prompts, samples of one prompt side by side."""
+    places = {prompt.id: place for place, prompt in enumerate(prompts)}
+    return sorted(answers, key=lambda answer: (places[answer.prompt], answer.sample))
+
+
+def _margin(work: Work) -> dict[str, Any]:
+    from secateur.safety.margin import OPENINGS, margin, summarise
+
+    found = margin(work.model, work.tokenizer, _mine(work), batch_size=work.study.batch_size, progress=work.progress)
+    return summarise(parallel.gather(found.margins), OPENINGS.name).to_dict()
+
+
+def _focus(work: Work) -> dict[str, Any]:
+    from secateur.safety.focus import FocusResult, focus
+
+    mine = parallel.share(located(work.asked.prompts))
+    found = focus(work.model, work.tokenizer, mine, batch_size=_few(work.study), progress=work.progress)
+    rows = [
+        (each, {name: values[i] for name, values in found.values.items()}) for i, each in enumerate(found.prompts)
+    ]
+    whole = parallel.gather(rows)
+    values = {name: torch.stack([maps[name] for _, maps in whole]) for name in found.values}
+    return FocusResult(tuple(each for each, _ in whole), values, found.chat).to_dict()
+
+
+def _shift(work: Work) -> dict[str, Any]:
+    raise NotImplementedError
+
+
+def _gcg(work: Work) -> dict[str, Any]:
+    raise NotImplementedError
+
+
+def _text(work: Work) -> dict[str, Any]:
+    study = work.study
+    if "fidelity" in study.measures:
+        value, close = measure(work.model, work.dense(), work.tokenizer, progress=work.progress)
+        return {"perplexity": value.to_dict(), "fidelity": close.to_dict() if work.arm.target else None}
+    value = perplexity(
+        work.model, work.tokenizer, study.text, seqlen=study.seqlen, windows=study.windows, progress=work.progress
+    )
+    return {"perplexity": value.to_dict(), "fidelity": None}
+
+
+def _tasks(work: Work) -> dict[str, Any]:
+    study = work.study
+    found = tasks(
+        work.model, work.tokenizer, study.tasks, limit=study.task_limit, seed=study.seed, batch_size=study.batch_size,
+        progress=work.progress,
+    )  # fmt: skip
+    return found.to_dict()
