@@ -153,8 +153,9 @@ def _per_cluster(values: Sequence[float], names: Sequence[str], known: Sequence[
     place = {name: i for i, name in enumerate(known)}
     at = np.array([place[name] for name in names], dtype=np.int64)
     numbers = np.asarray(values, dtype=np.float64)
-    sizes = np.bincount(at, minlength=len(known)).astype(np.float64)
-    return np.bincount(at, weights=numbers, minlength=len(known)), sizes
+    sizes: Array = np.bincount(at, minlength=len(known)).astype(np.float64)
+    sums: Array = np.bincount(at, weights=numbers, minlength=len(known)).astype(np.float64)
+    return sums, sizes
 
 
 def _draw(random: np.random.Generator, clusters: int, resamples: int) -> Array:

@@ -29,7 +29,7 @@ from secateur.evaluate.choices import Choices, Request
 from secateur.progress import Progress, silent
 from secateur.safety.clusters import Array, Estimate, Z, check_same, cluster_contrast, cluster_mean, signed_rank
 from secateur.safety.records import Label, Prompt
-from secateur.safety.rendered import as_text, check_prompts, token_ids
+from secateur.safety.rendered import as_text, check_prompts, check_room, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -178,6 +178,7 @@ def margin(
         if shared is None:
             raise UsageError(f"The tokenizer reads two openings of '{openings.name}' alike: take others.")
         requests += [Request(row, len(row) - shared) for row in rows]
+    check_room(model, {prompts[i // len(every)].id: len(each.ids) for i, each in enumerate(requests)})
     scores = Choices(model, requests[0].ids).score(requests, batch_size, progress=progress)
     margins = []
     for i, prompt in enumerate(prompts):
@@ -202,7 +203,7 @@ def summarise(margins: Sequence[Margin], openings: str) -> MarginResult:
     arms = [[each for each in margins if (each.label == "harmful") == harmful] for harmful in (True, False)]
     means = [cluster_mean([m.value for m in arm], [m.cluster for m in arm]) if arm else None for arm in arms]
     shares = [sum(m.value > 0 for m in arm) / len(arm) if arm else None for arm in arms]
-    return MarginResult(tuple(margins), openings, *means, *shares, auc(margins))
+    return MarginResult(tuple(margins), openings, means[0], means[1], shares[0], shares[1], auc(margins))
 
 
 def auc(margins: Sequence[Margin]) -> Estimate | None:
@@ -244,7 +245,8 @@ def compare_margins(dense: MarginResult, pruned: MarginResult) -> MarginShift:
     shifts = [cluster_mean(values[i], clusters[i]) if values[i] else None for i in (0, 1)]
     p = [signed_rank(values[i], clusters[i]) if values[i] else None for i in (0, 1)]
     difference = cluster_contrast(values[0], clusters[0], values[1], clusters[1]) if all(values) else None
-    return MarginShift(*shifts, *p, difference, _auc_change(dense.margins, pruned.margins), dense.openings)
+    change = _auc_change(dense.margins, pruned.margins)
+    return MarginShift(shifts[0], shifts[1], p[0], p[1], difference, change, dense.openings)
 
 
 def _log_sum(values: Sequence[float]) -> float:

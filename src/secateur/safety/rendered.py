@@ -6,7 +6,8 @@ tokenizer cuts words: a token belongs to the task if it covers any of the task's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +110,16 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = 
     return tuple(found)
 
 
+@functools.lru_cache(maxsize=4)
+def offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[tuple[int, int], ...]:
+    """Which characters [start, end) each token of a text covers; kept for the next call.
+
+    Raises:
+        UsageError: no fast tokenizer.
+    """
+    return tuple(_encoded(tokenizer, text, special=False)[1])
+
+
 def check_prompts(prompts: Sequence[Prompt], owner: str) -> None:
     """Raises UsageError: there is no prompt, or two have one id."""
     if not prompts:
@@ -118,6 +129,17 @@ def check_prompts(prompts: Sequence[Prompt], owner: str) -> None:
         if prompt.id in seen:
             raise UsageError(f"Two prompts have the id '{prompt.id}': ids must differ.")
         seen.add(prompt.id)
+
+
+def check_room(model: Any, lengths: Mapping[str, int]) -> None:
+    """lengths: tokens by prompt. Raises UsageError: one is longer than the model's positions."""
+    room = getattr(model.config, "max_position_embeddings", None)
+    longest = max(lengths, key=lambda id: lengths[id])
+    if isinstance(room, int) and 0 < room < lengths[longest]:
+        raise UsageError(
+            f"Prompt '{longest}' has {lengths[longest]} tokens, and {type(model).__name__} reads at most {room}: "
+            "leave it out."
+        )
 
 
 def _encoded(tokenizer: Any, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
