@@ -6,7 +6,7 @@ which change it by rounding, so that a run that ran out of memory goes on with s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +89,7 @@ def _of(study: Study, *names: str) -> dict[str, Any]:
     return {name: getattr(study, name) for name in names}
 
 
-def located(prompts: Sequence[Prompt]) -> list[Prompt]:
+def located(prompts: Iterable[Prompt]) -> list[Prompt]:
     """The prompts of which it is known where the task is: bare ones, and those with a span."""
     return [prompt for prompt in prompts if prompt.span is not None or prompt.template is None]
 
@@ -128,45 +128,6 @@ def _answers(work: Work) -> dict[str, Any]:
     }
 
 
-def located(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts of which it is known where the task is: bare ones, and those with a span."""
-    return [prompt for prompt in prompts if prompt.span is not None or prompt.template is None]
-
-
-def _few(study: Study) -> int:
-    """Prompts in a pass that holds attention maps or all logits."""
-    return max(1, study.batch_size // 4)
-
-
-def _mine(work: Work) -> list[Prompt]:
-    return parallel.share(work.asked.prompts.prompts)
-
-
-def _answers(work: Work) -> dict[str, Any]:
-    from secateur.safety.generate import answer
-
-    found = answer(  # it knows of ranks by itself, and puts their logs together
-        work.model,
-        work.tokenizer,
-        work.asked.prompts,
-        max_new_tokens=work.study.max_new_tokens,
-        batch_size=work.study.batch_size,
-        samples=work.study.answers_per_prompt,
-        temperature=work.study.temperature,
-        seed=work.study.seed,
-        log=work.folder / work.arm.name / "answers.jsonl",
-        model_name=work.arm.name,
-        progress=work.progress,
-    )
-    return [asdict(each) for each in in_order(work.asked.prompts, parallel.gather(found))]
-
-
-def in_order(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[Answer]:
-    """Answers in the order of the prompts, samples of one prompt side by side."""
-    places = {prompt.id: place for place, prompt in enumerate(prompts)}
-    return sorted(answers, key=lambda answer: (places[answer.prompt], answer.sample))
-
-
 def _margin(work: Work) -> dict[str, Any]:
     from secateur.safety.margin import OPENINGS, margin, summarise
 
@@ -188,7 +149,12 @@ def _focus(work: Work) -> dict[str, Any]:
 
 
 def _shift(work: Work) -> dict[str, Any]:
-    raise NotImplementedError
+    from secateur.safety.shift import ShiftResult, shift
+
+    mine = parallel.share([prompt for prompt in located(work.asked.prompts) if prompt.messages is None])
+    found = shift(work.model, work.tokenizer, mine, batch_size=_few(work.study), progress=work.progress)
+    every = parallel.gather(found.prompts)
+    return ShiftResult(tuple(every), found.preamble, found.preamble_sha256, found.chat).to_dict()
 
 
 def _gcg(work: Work) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from secateur.probing.asked import Asked, ask
 from secateur.probing.folder import StudyFolder
 from secateur.probing.options import DENSE, Arm, Study
 from secateur.probing.steps import Step, Work, cut_of, judge_request, steps_of
-from secateur.probing.summary import summarise
+from secateur.probing.summary import STUDY, summarise
 from secateur.progress import Progress, silent
 from secateur.pruning import prune
 from secateur.result import versions
@@ -37,8 +37,6 @@ from secateur.safety.rates import items
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-STUDY = "study"
-
 
 @dataclass(frozen=True)
 class StudyResult:
@@ -48,7 +46,7 @@ class StudyResult:
     summary: Mapping[str, Any]
 
     def __str__(self) -> str:
-        return "\n".join(f"{each['arm']}: {each['verdict']}" for each in self.summary["verdicts"])
+        return "\n".join(f"{each['arm']}: {each['verdict']}" for each in self.summary.get("verdicts", ()))
 
 
 def run_study(study: Study, out: str | Path, *, progress: Progress = silent) -> StudyResult:

@@ -37,7 +37,9 @@ SAFETY_STYLE = """
 .floor { border-left-color: var(--warn); }
 td.left, th.left { text-align: left; }
 table.tight { width: auto; min-width: 50%; }
-td.range { white-space: nowrap; }
+td.range small { display: block; line-height: 1.2; }
+table.safety th { vertical-align: bottom; }
+table.safety tbody th { vertical-align: top; }
 td.sure { font-weight: 600; }
 tr.declared th, tr.declared td { background: color-mix(in srgb, var(--s0) 9%, transparent); }
 .said { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 60ch; text-align: left; }
