@@ -245,7 +245,7 @@ def _arms(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: Text, chat: 
     start, end = prompt.span or (0, len(prompt.text))
     task = prompt.text[start:end]
     arms = {"whole": whole, "alone": render(tokenizer, replace(prompt, text=task, span=None, template=None), chat=chat)}
-    if whole.template:
+    if prompt.template is not None and whole.template:
         before = _stretch(tokenizer, text, len(whole.template), f"{seed} {prompt.cluster}") + BETWEEN
         behind = replace(prompt, text=before + task, span=(len(before), len(before) + len(task)))
         arms["behind"] = render(tokenizer, behind, chat=chat)
