@@ -39,6 +39,8 @@ class StudyOptions(Study):
     """Shares of the weights to remove, each in (0, 1)."""
     targets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAMES")] = Study.targets
     """Which layers are cut: attention, mlp or all."""
+    method: Annotated[str, tyro.conf.arg(metavar="NAME")] = "wanda"
+    """How weights are chosen: see secateur list methods."""
     primary: Annotated[str | None, tyro.conf.arg(metavar="ARM", help_behavior_hint="(the first target at 0.2)")] = None
     """The comparison that is declared before the run, as attention-0.2: attack success on harmful prompts there,
     against the dense model, by the first judge."""
@@ -48,6 +50,10 @@ class StudyOptions(Study):
     """Any of answers, margin, focus, shift, perplexity, fidelity and tasks."""
     limit: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(all)")] = None
     """At most so many tasks of each set, with all their templates; drawn from every label and category in turn."""
+    calibration: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "gutenberg"
+    """The text that pruning looks at: see secateur list texts."""
+    text: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "gutenberg"
+    """What perplexity and fidelity are measured on, its test part."""
     seqlen: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(2048 or the model's limit)")] = None
     """Tokens in a window, of calibration and of perplexity."""
     windows: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(the whole text)")] = None
