@@ -107,9 +107,7 @@ def test_samples_do_not_depend_on_the_batch_and_differ_by_seed(llama, tokenizer)
 
 def test_samples_follow_the_softmax_of_the_logits(llama, tokenizer) -> None:
     prompts, temperature, draws = some_prompts(1), 3.0, 600
-    found = answer(
-        llama, tokenizer, prompts, max_new_tokens=1, samples=draws, temperature=temperature, batch_size=200
-    )
+    found = answer(llama, tokenizer, prompts, max_new_tokens=1, samples=draws, temperature=temperature, batch_size=200)
     ids = torch.tensor([encode(tokenizer, prompts.prompts[0], Decoding())])
     with torch.no_grad():
         chances = (llama(ids).logits[0, -1] / temperature).softmax(-1)
