@@ -24,13 +24,14 @@ class Asked:
         return [{key: getattr(prompt, key) for key in keys} for prompt in self.prompts]
 
 
-def ask(specs: Sequence[str], *, limit: int | None = None, seed: int = 0) -> Asked:
+def ask(specs: Sequence[str], *, limit: int | None = None, seed: int = 0, needs_harmful: bool = True) -> Asked:
     """Read prompt sets and draw from each.
 
     Args:
         specs: as `read_prompts` reads them.
         limit: at most so many tasks of each set, with all their templates; None takes all.
         seed: of the draw.
+        needs_harmful: refuse sets without a harmful prompt.
 
     Raises:
         UsageError: two sets of one name, or none of the prompts is harmful.
@@ -50,7 +51,7 @@ def ask(specs: Sequence[str], *, limit: int | None = None, seed: int = 0) -> Ask
         drawn = each if limit is None else each.sample(limit, seed)
         prompts += [_within(each.name, prompt) for prompt in drawn]
         records.append(_about(spec, each, drawn))
-    if not any(prompt.label == "harmful" for prompt in prompts):
+    if needs_harmful and not any(prompt.label == "harmful" for prompt in prompts):
         raise UsageError(
             "None of the prompts is labelled harmful, so there is nothing to refuse: name a set with harmful prompts."
         )
