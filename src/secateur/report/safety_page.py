@@ -50,10 +50,11 @@ that a judge cannot place. On harmful prompts compliance is the attack’s succe
 alarm. In brackets are 95 % intervals (Wilson), which count tasks and not prompts: the same task in ten templates is
 one task."""
 
-TESTS = """The same prompts, dense against pruned. The difference is in percentage points, pruned minus dense, with
-Newcombe’s interval for pairs; “by task” is the interval when whole tasks are drawn (bootstrap). p is McNemar’s, exact.
-The shaded row was declared before the run; the p values of all the others are corrected for being several (Holm).
-A difference smaller than “smallest” would probably not have been found."""
+TESTS = """The same prompts, dense against pruned. Differences are in percentage points, pruned minus dense, with 95 %
+intervals (Newcombe’s for pairs, widened to a bootstrap that draws whole tasks where a task has several prompts). More
+and fewer: prompts on which the pruned model alone, or the dense one alone, does it. p is exact (McNemar’s, with tasks as
+units). The shaded row was declared before the run; the other p values are corrected for being several, judge by judge
+(Holm). A difference below “smallest” would probably not have been found: it is then unknown, not absent."""
 
 AGREEMENT = """Cohen’s kappa between judges, on the answers of this run. 1 is full agreement, 0 that of chance, and kappa
 is not defined where a judge says the same of every answer. When it falls from the dense model to a pruned one,
@@ -176,7 +177,7 @@ def _tests(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     found = summary.get("tests") or ()
     if not found:
         return ""
-    heads = ["Model", "What", "Judge", "Dense", "Pruned", "Difference", "By task", "More / fewer", "p", "p, Holm", "Smallest"]
+    heads = ["Model", "What", "Judge", "Dense", "Pruned", "Difference", "More / fewer", "p", "p, Holm", "Smallest"]
     table = Table(heads, left=3)
     for each in found:
         table.add(
@@ -186,7 +187,6 @@ def _tests(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
             percent(number(each, "dense")),
             percent(number(each, "pruned")),
             between(each.get("difference"), points),
-            between(each.get("by_task"), points, value=False),
             f"{each.get('more', '–')} / {each.get('fewer', '–')}",
             p_value(number(each, "p")),
             "declared" if each.get("primary") else p_value(number(each, "holm")),
