@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from families import make
-from why_models import TASKS, WRAPPERS, byte_model, byte_tokenizer, wrapped
+from safety_bytes import TASKS, WRAPPERS, byte_model, byte_tokenizer, wrapped
 
 from secateur.errors import InvalidParameter, UsageError
 from secateur.safety.focus import MEASURES, RANKS, compare_focus, eager, focus

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from why_models import byte_model, byte_tokenizer, wrapped
+from safety_bytes import byte_model, byte_tokenizer, wrapped
 
 from secateur.errors import InvalidParameter, UsageError
 from secateur.safety.clusters import cluster_contrast, cluster_mean, holm, signed_rank

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from families import make
-from why_models import TASKS, byte_model, byte_tokenizer, wrapped
+from safety_bytes import TASKS, byte_model, byte_tokenizer, wrapped
 
 from secateur.data.text import Text
 from secateur.errors import InvalidParameter, TextTooShort, UsageError
