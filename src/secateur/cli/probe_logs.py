@@ -33,6 +33,10 @@ class Sets:
 
     prompts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SETS", help_behavior_hint="(the log's own)")] = ()
     """Prompt sets: builtin, files in a published format, FORMAT=FILE, or FILE:text=COLUMN,label=harmful."""
+    templates: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILES", help_behavior_hint="(none)")] = ()
+    """Put bare prompts into these templates as well: builtin (harmless, ours), or files."""
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAMES", help_behavior_hint="(all)")] = ()
+    """Of prompts in templates keep these, by the template's name; none is the bare prompt."""
     limit: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(all)")] = None
     """At most so many tasks of each set, with all their templates."""
     seed: int = 0
@@ -115,9 +119,9 @@ def answer(words: list[str]) -> int:
     """`secateur probe answer`; returns the exit code."""
     options = parse(AnswerOptions, words, verb="probe answer")
     out = _check_answer(options)
-    from secateur.probing.asked import ask
+    from secateur.probing.asked import ASKED, ask_again
 
-    asked = ask(options.prompts, limit=options.limit, seed=options.seed, needs_harmful=False)
+    asked = ask_again({key: getattr(options, key) for key in ASKED}, needs_harmful=False)
     for message in asked.prompts.warnings:
         warn(message)
     how: dict[str, Any] = {
@@ -280,16 +284,17 @@ def _beside(log: Path) -> Path:
 
 
 def _write_beside(log: Path, options: AnswerOptions, asked: Asked) -> None:
+    from secateur.probing.asked import ASKED
     from secateur.probing.folder import write_whole
 
     specs = [str(Path(spec).resolve()) if Path(spec).is_file() else spec for spec in options.prompts]
-    record = {"prompts": specs, "limit": options.limit, "seed": options.seed, "sha256": asked.prompts.sha256}
-    write_whole(_beside(log), json.dumps(record, indent=1) + "\n")
+    facts = {key: getattr(options, key) for key in ASKED} | {"prompts": specs, "sha256": asked.prompts.sha256}
+    write_whole(_beside(log), json.dumps(facts, indent=1) + "\n")
 
 
 def _read(path: str, options: Sets, asked: Asked | None = None) -> tuple[Log, Asked]:
     """A log and its prompts: those named, or those that are written down beside it."""
-    from secateur.probing.asked import ask
+    from secateur.probing.asked import ASKED, ask_again
     from secateur.probing.folder import StudyFolder
     from secateur.probing.summary import STUDY
     from secateur.safety.log import read_log
@@ -300,8 +305,8 @@ def _read(path: str, options: Sets, asked: Asked | None = None) -> tuple[Log, As
     log = read_log(file)
     if asked is not None:
         return log, asked
-    specs, limit, seed = options.prompts, options.limit, options.seed
-    if not specs:
+    facts: Mapping[str, Any] = {key: getattr(options, key) for key in ASKED}
+    if not options.prompts:
         study = StudyFolder(file.parent.parent).record(STUDY, STUDY)
         if study is not None:
             facts = study["result"]["study"]
@@ -309,8 +314,7 @@ def _read(path: str, options: Sets, asked: Asked | None = None) -> tuple[Log, As
             facts = _facts(_beside(file))
         else:
             raise UsageError(f"{path} does not say where its prompts are from: name the sets it was made with, --prompts.")
-        specs, limit, seed = facts["prompts"], facts["limit"], facts["seed"]
-    return log, ask(specs, limit=limit, seed=seed, needs_harmful=False)
+    return log, ask_again(facts, needs_harmful=False)
 
 
 def _facts(file: Path) -> Mapping[str, Any]:

@@ -48,6 +48,10 @@ class StudyOptions(Study):
     """Two or more; the first one's verdicts count, the others say how far to trust them."""
     measures: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAMES")] = Study.measures
     """Any of answers, margin, focus, shift, perplexity, fidelity and tasks."""
+    templates: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILES", help_behavior_hint="(none)")] = ()
+    """Put bare prompts into these templates as well: builtin (harmless, ours), or files."""
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAMES", help_behavior_hint="(all)")] = ()
+    """Of prompts in templates keep these, by the template's name; none is the bare prompt."""
     limit: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(all)")] = None
     """At most so many tasks of each set, with all their templates; drawn from every label and category in turn."""
     calibration: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "gutenberg"
@@ -62,6 +66,12 @@ class StudyOptions(Study):
     """Zero-shot tasks: see secateur list tasks."""
     task_limit: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(all)")] = None
     """At most so many items of each task."""
+    gcg: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
+    """Steps of an automated attack (GCG) on harmful prompts; 0 for none. Minutes a prompt, even on a small model."""
+    gcg_goals: Annotated[
+        str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(the study's bare harmful prompts)")
+    ] = None
+    """A file with the columns goal and target, as AdvBench's, to be attacked."""
     dtype: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(the model's own)")] = None
     """To load and compute in: bfloat16, float16 or float32."""
     device: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(cpu)")] = None

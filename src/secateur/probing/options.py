@@ -69,6 +69,10 @@ class Study:
     """Two or more; the first one's verdicts are the primary ones, the others say how far to trust them."""
     measures: tuple[str, ...] = tuple(MEASURES)
     """What to measure: answers, margin, focus, shift, perplexity, fidelity, tasks."""
+    templates: tuple[str, ...] = ()
+    """Put bare prompts into these templates as well: builtin (harmless, ours), or files."""
+    only: tuple[str, ...] = ()
+    """Of prompts in templates keep these, by the template's name; none is the bare prompt."""
     limit: int | None = None
     """At most so many tasks of each set, with all their templates; drawn from every label and category in turn."""
     max_new_tokens: int = 256
@@ -94,9 +98,14 @@ class Study:
     task_limit: int | None = None
     """At most so many items of each task."""
     gcg: int = 0
-    """Steps of an automated attack (GCG) on each harmful prompt that has a target; 0 for none. Slow."""
-    gcg_behaviours: int = 10
-    """How many harmful prompts are attacked."""
+    """Steps of an automated attack (GCG) on harmful prompts; 0 for none. Minutes a prompt, even on a small model."""
+    gcg_width: int = 128
+    """Token swaps that a step of the attack tries."""
+    gcg_goals: str | None = None
+    """A file with the columns goal and target, as AdvBench's; None attacks the study's own bare harmful prompts, with
+    a common beginning of an answer as the target."""
+    gcg_prompts: int = 10
+    """How many prompts are attacked."""
     seed: int = 0
     """Of the draws of prompts, of calibration windows, of task items, of sampled answers."""
     dtype: str | None = None
@@ -123,7 +132,7 @@ class Study:
                 f"wrong in one direction, and nothing would show it."
             )
         least = {"limit": 2, "max_new_tokens": 1, "batch_size": 1, "answers_per_prompt": 1, "samples": 1, "seqlen": 2}
-        for name, smallest in {**least, "windows": 1, "task_limit": 1, "gcg": 0, "gcg_behaviours": 1, "seed": 0}.items():
+        for name, smallest in {**least, "windows": 1, "task_limit": 1, "gcg": 0, "gcg_width": 1, "gcg_prompts": 1, "seed": 0}.items():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
                 raise InvalidParameter(name, "a study", f"a whole number of at least {smallest}", value)

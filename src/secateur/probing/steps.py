@@ -8,21 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from secateur import parallel
+from secateur.errors import UsageError
 from secateur.evaluate import DensePredictions, measure, perplexity, tasks
 from secateur.probing.asked import Asked
 from secateur.probing.folder import StudyFolder, hash_of
 from secateur.probing.options import Arm, Study
 from secateur.progress import Progress
+from secateur.safety import rows
+from secateur.safety.focus import FocusResult, focus
+from secateur.safety.gcg import Budget, Goal, attack, replay
+from secateur.safety.generate import answer
 from secateur.safety.judges import Judge
+from secateur.safety.margin import OPENINGS, margin, summarise
+from secateur.safety.prompts import read_prompts
 from secateur.safety.records import Answer, Prompt
+from secateur.safety.shift import ShiftResult, shift
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+TARGET = "Sure, here is"  # how an answer to anything may begin; AdvBench names one for each of its rows
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,7 @@ class Work:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     folder: StudyFolder
+    judges: Sequence[Judge]
     dense: Callable[[], DensePredictions]
     progress: Progress
 
@@ -65,7 +78,8 @@ def steps_of(study: Study, arm: Arm, asked: Asked, source: Mapping[str, Any]) ->
     if "tasks" in study.measures:
         found.append(Step("tasks", base | _of(study, "tasks", "task_limit", "seed"), _tasks, alone=True))
     if study.gcg:
-        found.append(Step("gcg", prompted | _of(study, "gcg", "gcg_behaviours", "seed"), _gcg, alone=True))
+        attack = ("gcg", "gcg_width", "gcg_goals", "gcg_prompts", "seed", "max_new_tokens")
+        found.append(Step("gcg", prompted | _of(study, *attack), _gcg, alone=True))
     return found
 
 
@@ -104,8 +118,6 @@ def _mine(work: Work) -> list[Prompt]:
 
 
 def _answers(work: Work) -> dict[str, Any]:
-    from secateur.safety.generate import answer
-
     found = answer(  # it knows of ranks by itself, and puts their logs together
         work.model,
         work.tokenizer,
@@ -129,28 +141,21 @@ def _answers(work: Work) -> dict[str, Any]:
 
 
 def _margin(work: Work) -> dict[str, Any]:
-    from secateur.safety.margin import OPENINGS, margin, summarise
-
     found = margin(work.model, work.tokenizer, _mine(work), batch_size=work.study.batch_size, progress=work.progress)
     return summarise(parallel.gather(found.margins), OPENINGS.name).to_dict()
 
 
 def _focus(work: Work) -> dict[str, Any]:
-    from secateur.safety.focus import FocusResult, focus
-
     mine = parallel.share(located(work.asked.prompts))
     found = focus(work.model, work.tokenizer, mine, batch_size=_few(work.study), progress=work.progress)
-    rows = [
-        (each, {name: values[i] for name, values in found.values.items()}) for i, each in enumerate(found.prompts)
-    ]
-    whole = parallel.gather(rows)
+    whole = parallel.gather(
+        [(each, {name: values[i] for name, values in found.values.items()}) for i, each in enumerate(found.prompts)]
+    )
     values = {name: torch.stack([maps[name] for _, maps in whole]) for name in found.values}
     return FocusResult(tuple(each for each, _ in whole), values, found.chat).to_dict()
 
 
 def _shift(work: Work) -> dict[str, Any]:
-    from secateur.safety.shift import ShiftResult, shift
-
     mine = parallel.share([prompt for prompt in located(work.asked.prompts) if prompt.messages is None])
     found = shift(work.model, work.tokenizer, mine, batch_size=_few(work.study), progress=work.progress)
     every = parallel.gather(found.prompts)
@@ -158,7 +163,42 @@ def _shift(work: Work) -> dict[str, Any]:
 
 
 def _gcg(work: Work) -> dict[str, Any]:
-    raise NotImplementedError
+    """The attack, and what the judges say of the answers to the attacked prompts. Suffixes are not kept."""
+    study, goals = work.study, goals_of(work.study, work.asked)
+    budget = Budget(steps=study.gcg, width=study.gcg_width, batch_size=study.batch_size, seed=study.seed)
+    found = attack(work.model, work.tokenizer, goals, budget, progress=work.progress)
+    answered: list[str] = []
+
+    def generate(prompts: Sequence[Prompt]) -> list[str]:
+        if not answered:  # once for all judges
+            size = {"max_new_tokens": study.max_new_tokens, "batch_size": study.batch_size}
+            answers = answer(work.model, work.tokenizer, prompts, **size, rank=0, world=1)
+            answered.extend(each.text for each in answers)
+        return answered
+
+    prompts = [goal.prompt for goal in goals]
+    readers = [judge for judge in work.judges if not judge.checks_text]
+    judged = [replay(prompts, generate, judge, found.suffixes).to_dict() for judge in readers]
+    return {"attack": found.to_dict(), "judged": judged}
+
+
+def goals_of(study: Study, asked: Asked) -> list[Goal]:
+    """What is attacked: the rows of a file, or the study's own bare harmful prompts.
+
+    Raises:
+        UsageError: there are none. And the errors of reading the file.
+    """
+    if study.gcg_goals is not None:
+        table = rows.table(Path(study.gcg_goals), rows.read_file(Path(study.gcg_goals)))
+        prompts = read_prompts(f"{study.gcg_goals}:text=goal,label=harmful")
+        targets = [str(row.get("target") or "") for row in table]
+        found = [Goal(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
+        kept = {prompt.id for prompt in prompts.sample(study.gcg_prompts, study.seed)}
+        return [goal for goal in found if goal.prompt.id in kept]
+    bare = [p for p in asked.prompts if p.label == "harmful" and p.template is None and p.messages is None]
+    if not bare:
+        raise UsageError("There is no bare harmful prompt to attack: name a file with goal and target, --gcg-goals FILE.")
+    return [Goal(prompt, TARGET) for prompt in bare[: study.gcg_prompts]]
 
 
 def _text(work: Work) -> dict[str, Any]:

@@ -21,8 +21,7 @@ from secateur.errors import UsageError
 from secateur.evaluate import DensePredictions
 from secateur.methods import make_method
 from secateur.models.load import load, resolve
-from secateur.models.processor import imitates
-from secateur.probing.asked import Asked, ask
+from secateur.probing.asked import Asked, ask_again
 from secateur.probing.folder import StudyFolder
 from secateur.probing.options import DENSE, Arm, Study
 from secateur.probing.steps import Step, Work, cut_of, judge_request, steps_of
@@ -63,7 +62,7 @@ def run_study(study: Study, out: str | Path, *, progress: Progress = silent) -> 
         And the errors of `load`, `prune`, the judges and the measures. What was finished stays.
     """
     judges = make_judges(study.judges)
-    asked = ask(study.prompts, limit=study.limit, seed=study.seed)
+    asked = ask_again(study.record())
     folder = StudyFolder(Path(out).expanduser().resolve())
     with parallel.together():
         run = _Run(study, asked, judges, folder, progress)
@@ -177,6 +176,7 @@ class _Run:
             model=model,
             tokenizer=self.opened[1],
             folder=self.folder,
+            judges=self.judges,
             dense=lambda: self.predictions,
             progress=self._named(arm.name),
         )
@@ -230,8 +230,3 @@ class _Run:
                 verdicts[judge.name] = [[one.label, one.p] for one in judge.judge(texts)]
             self.folder.write(arm.name, "verdicts", request, verdicts)
 
-
-def imitated(study: Study, dtype: Any, device: Any) -> str | None:
-    """A warning where the processor only imitates the dtype."""
-    kind = str(dtype).removeprefix("torch.")
-    return f"this processor has no {kind} arithmetic and imitates it" if imitates(dtype, device) else None

@@ -62,7 +62,8 @@ def summarise(out: str | Path) -> dict[str, Any]:
     if missing:
         warnings.append(f"This study is not finished: {', '.join(missing)} to be done or done in part.")
     found |= judged(folder, names, facts, declared)
-    for key, part in (("margin", _margin), ("focus", _focus), ("shift", _shift), ("tasks", _tasks), ("text", _text)):
+    parts = {"margin": _margin, "focus": _focus, "shift": _shift, "gcg": _gcg, "tasks": _tasks, "text": _text}
+    for key, part in parts.items():
         if rows := _each(folder, names, key, part):
             found[key] = rows
     return found
@@ -164,6 +165,25 @@ def _shift(found: Record, dense: Record | None) -> dict[str, Any]:
 def _shifted(found: Record) -> ShiftResult:
     rows = tuple(Shifted(**row) for row in found["prompts"])
     return ShiftResult(rows, found["preamble"], found["preamble_sha256"], found["chat"])
+
+
+def _gcg(found: Record, dense: Record | None) -> dict[str, Any]:
+    searched = found["attack"]["rows"]
+    count, budget = len(searched), found["attack"]["budget"]
+    kept: dict[str, Any] = {
+        "prompts": count,
+        "steps": budget["steps"],
+        "width": budget["width"],
+        "first_loss": math.fsum(row["losses"][0] for row in searched) / count,
+        "best_loss": math.fsum(row["best"] for row in searched) / count,
+        "area": math.fsum(row["area"] for row in searched) / count,
+        "success": {each["judge"]: each["success"] for each in found["judged"]},
+    }
+    if dense is not None:
+        before = {row["prompt"]: row["area"] for row in dense["attack"]["rows"]}
+        moved = [row["area"] - before[row["prompt"]] for row in searched]
+        kept["area_change"] = cluster_mean(moved, [row["cluster"] for row in searched]).to_dict()
+    return kept
 
 
 def _text(found: Record, dense: Record | None) -> dict[str, Any]:

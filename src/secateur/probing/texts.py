@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from secateur.errors import LoadFailure, UsageError
-from secateur.probing.asked import ask
+from secateur.probing.asked import ask_again
 from secateur.probing.folder import StudyFolder
 from secateur.probing.summary import STUDY
 from secateur.safety.log import read_log
@@ -23,8 +23,7 @@ def texts_of(out: str | Path) -> tuple[dict[str, str], dict[str, dict[str, str]]
     if record is None:
         raise LoadFailure(f"{folder.path} is no folder of a study: name one that secateur probe study has written.")
     facts = record["result"]
-    study = facts["study"]
-    asked = ask(study["prompts"], limit=study["limit"], seed=study["seed"])
+    asked = ask_again(facts["study"])
     if asked.prompts.sha256 != facts["prompts_sha256"]:
         raise UsageError("The prompt files are not those of the study any more: put the files it was run with back.")
     answers: dict[str, dict[str, str]] = {}

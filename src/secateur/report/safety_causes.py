@@ -171,7 +171,7 @@ def attack_section(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str
     if not found:
         return ""
     judges = list(dict.fromkeys(name for each in found for name in each.get("success") or {}))
-    table = Table(["Model", "Prompts", "Steps", "Loss, first", "Loss, best", *(f"Success by {name}" for name in judges)])
+    table = Table(["Model", "Prompts", "Steps", "Loss, first", "Loss, best", "Change of area", *(f"Success by {name}" for name in judges)])
     for each in found:
         shares = [each.get("success", {}).get(name) for name in judges]
         table.add(
@@ -179,6 +179,7 @@ def attack_section(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str
             str(each.get("prompts", "–")),
             str(each.get("steps", "–")),
             *(plain(number(each, key), sign=False) for key in ("first_loss", "best_loss")),
+            between(each.get("area_change")),
             *(between(share, lambda v, sign=False: "–" if v is None else f"{v:.0%}", sign=False) for share in shares),
         )
     return section("Automated attack", f'<p class="note">{ATTACK}</p>', table.html())
