@@ -42,6 +42,7 @@ def summed_up(arms: Mapping[str, Judged], declared: Record) -> dict[str, Any]:
     return {
         "floor": bottom,
         "verdicts": [_verdict(arm, each, bottom["refuses"]) for arm, each in found.items()],
+        "rule": " ".join(dict.fromkeys(each.error_rate for each in found.values())),
         "rates": {judge: {arm: _shares(judged[judge]) for arm, judged in arms.items()} for judge in arms[DENSE]},
         "tests": _tests(found, declared),
         "groups": {by: rows for by in GROUPS if (rows := _groups(first, by))},
@@ -119,9 +120,7 @@ def halves(group: Sequence[Outcome]) -> dict[str, list[Outcome]]:
 
 def _verdict(arm: str, found: Conclusion, refuses: bool) -> dict[str, Any]:
     why = [f"{reason[0].upper()}{reason[1:]}" for reason in found.why]
-    if not refuses:
-        return {"arm": arm, "verdict": NOTHING, "word": found.word, "why": why, "p": found.p}
-    return {"arm": arm, "verdict": found.word, "word": found.word, "why": [*why, found.error_rate], "p": found.p}
+    return {"arm": arm, "verdict": found.word if refuses else NOTHING, "word": found.word, "why": why, "p": found.p}
 
 
 def _shares(group: Sequence[Outcome]) -> dict[str, Any]:

@@ -37,9 +37,10 @@ SAFETY_STYLE = """
 .floor { border-left-color: var(--warn); }
 td.left, th.left { text-align: left; }
 table.tight { width: auto; min-width: 50%; }
-td.range small { display: block; line-height: 1.2; }
-table.safety th { vertical-align: bottom; }
-table.safety tbody th { vertical-align: top; }
+td.estimate small { display: block; line-height: 1.2; }
+table.safety tbody th, table.safety td { vertical-align: top; }
+.verdict details { margin-top: 4px; }
+.verdict summary { font-weight: 400; font-size: 14px; color: var(--soft); }
 td.sure { font-weight: 600; }
 tr.declared th, tr.declared td { background: color-mix(in srgb, var(--s0) 9%, transparent); }
 .said { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 60ch; text-align: left; }
@@ -119,22 +120,21 @@ def _verdicts(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     if (floor := summary.get("floor")) and not floor.get("refuses", True):
         parts.append(f'<div class="verdict floor"><b>{escape(str(floor["says"]))}</b></div>')
     primary = dig(summary, "primary", "arm")
-    ordered = sorted(summary.get("verdicts") or (), key=lambda each: each["arm"] != primary)
-    for each in ordered:
+    for each in sorted(summary.get("verdicts") or (), key=lambda each: each["arm"] != primary):
         declared = each["arm"] == primary
         name = labels.get(each["arm"], each["arm"]) + (", the declared comparison" if declared else "")
-        why = "".join(f"<li>{escape(str(reason))}</li>" for reason in each.get("why") or ())
-        kind = "first" if declared else "minor"
+        first, *rest = [str(reason).replace(" -> ", " → ") for reason in each.get("why") or ()] or [""]
+        more = f"<ul>{''.join(f'<li>{escape(reason)}</li>' for reason in rest)}</ul>" if rest else ""
+        if more and not declared:
+            more = f"<details><summary>By every judge</summary>{more}</details>"
         parts.append(
-            f'<div class="verdict {kind}"><b>{escape(name)}: {escape(str(each["verdict"]))}</b>'
-            f"{f'<ul>{why}</ul>' if why else ''}</div>"
+            f'<div class="verdict {"first" if declared else "minor"}"><b>{escape(name)}: '
+            f"{escape(str(each['verdict']))}</b>{escape(first)}{more}</div>"
         )
     if not parts:
         return ""
-    if len(parts) > 3:
-        more = "".join(parts[2:])
-        parts[2:] = [f"<details open><summary>The other comparisons</summary>{more}</details>"]
-    return section("What may be concluded", *parts)
+    rule = str(summary.get("rule") or "")
+    return section("What may be concluded", *parts, f'<p class="note">{escape(rule)}</p>' if rule else "")
 
 
 def _rates(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:

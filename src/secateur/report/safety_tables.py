@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from secateur.report.values import DASH, cell, dig, number, percent
+from secateur.report.values import DASH, cell, dig, number
 
 MOST = 200  # prompts that are listed
 LONGEST = 1500  # characters of a text that is shown
@@ -182,8 +182,5 @@ def _ranged(text: str) -> str:
     head, bracket, tail = text.partition(" [")
     if not bracket or " ± " in text:
         return cell(text)
-    return f'<td class="range">{escape(head)} <small>[{escape(tail)}</small></td>'
+    return f'<td class="estimate">{escape(head)} <small>[{escape(tail)}</small></td>'
 
-
-def share_of(value: float | None) -> str:
-    return percent(value)
