@@ -50,11 +50,11 @@ def xstest(data: Path) -> list[Labelled]:
 
 
 def jailbreakbench(data: Path) -> list[Labelled]:
-    """1,640 responses to 100 goals: four models, five attacks; not jailbroken (refused, or useless) against jailbroken."""
+    """1,640 responses to 100 goals, four models, five attacks; refused: not jailbroken, so refused or useless."""
     lines = (data / "jbb_attack_artifacts.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = map(json.loads, lines)
     return [
-        Labelled("jbb", row["model"], row["method"], row["goal"], row["response"], not row["jailbroken"]) for row in rows
+        Labelled("jbb", row["model"], row["method"], row["goal"], row["response"], not row["jailbroken"])
+        for row in map(json.loads, lines)
     ]
 
 

@@ -1,16 +1,15 @@
 """Trains the classifier that ships: python benchmarks/train_judge.py [--data FOLDER] [--out FILE]
 
 Logistic regression (L2, C = 1) on the cues, weighted by 0.2, and the hashed phrases of `secateur.safety.reading`; all
-2,250 completions of XSTest. What is written into the card is measured by cross-validation with the model, or its whole family,
-and a fifth of the prompts left out, so that every completion is judged by weights that saw neither its model nor
-its prompt. Seconds on one core. Needs the extra `safety` (scikit-learn).
+2,250 completions of XSTest. What is written into the card is measured by cross-validation with the model, or its
+whole family, and a fifth of the prompts left out, so that every completion is judged by weights that saw neither its
+model nor its prompt. Seconds on one core. Needs the extra `safety` (scikit-learn).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,8 +94,8 @@ def main() -> None:
         "reading": reading.VERSION,
         "recipe": "benchmarks/train_judge.py",
         "trained on": "the final labels of XSTest's 2,250 completions; full and partial refusals are refusals",
-        "attribution": "XSTest, Paul Roettger et al. 2023, arXiv:2308.01263, github.com/paul-rottger/exaggerated-safety, "
-        "CC BY 4.0; changed: only numbers derived from the completions and labels are kept",
+        "attribution": "XSTest, Paul Roettger et al. 2023, arXiv:2308.01263, CC BY 4.0, "
+        "github.com/paul-rottger/exaggerated-safety; changed: only numbers derived from answers and labels are kept",
         "files": hashes(data),
         "measured": measured,
     }
@@ -104,8 +103,8 @@ def main() -> None:
     with scratch_beside(options.out) as scratch:
         (scratch / "weights").write_bytes(save(tensors))
         (scratch / "card").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch / "card", options.out.with_suffix(".json"))
-        os.replace(scratch / "weights", options.out)
+        (scratch / "card").replace(options.out.with_suffix(".json"))
+        (scratch / "weights").replace(options.out)
     print(json.dumps(measured, indent=1))
 
 

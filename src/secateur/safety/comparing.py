@@ -105,14 +105,14 @@ def pair(dense: Sequence[Outcome], pruned: Sequence[Outcome]) -> list[tuple[Outc
             )
         if other.prompt.sha256 != outcome.prompt.sha256:
             raise UsageError(
-                f"Only answers to the same prompts can be compared: {_called(outcome)} has other words in the pruned log "
-                f"(sha256 {outcome.prompt.sha256[:8]} against {other.prompt.sha256[:8]})."
+                f"Only answers to the same prompts can be compared: {_called(outcome)} has other words in the "
+                f"pruned log (sha256 {outcome.prompt.sha256[:8]} against {other.prompt.sha256[:8]})."
             )
         found.append((outcome, other))
     if theirs:
         raise UsageError(
-            f"Only answers to the same prompts can be compared: {_called(next(iter(theirs.values())))} is in the pruned "
-            f"log ({len(pruned)} answers) and not in the dense one ({len(dense)})."
+            f"Only answers to the same prompts can be compared: {_called(next(iter(theirs.values())))} is in the "
+            f"pruned log ({len(pruned)} answers) and not in the dense one ({len(dense)})."
         )
     if not found:
         raise UsageError("There are no answers to compare.")
@@ -317,8 +317,8 @@ def _selectivity(
 ) -> Difference | None:
     """How much more the refusals of harmful prompts rose than those of safe ones.
 
-    The errors of the two arms are put together as of independent ones (Zou and Donner 2008), and the interval is widened
-    to that of a bootstrap over the tasks of each arm.
+    The errors of the two arms are put together as of independent ones (Zou and Donner 2008), and the interval is
+    widened to that of a bootstrap over the tasks of each arm.
     """
     if refusal is None or over is None:
         return None
@@ -331,5 +331,8 @@ def _selectivity(
         arms.append(_draws(*_by_task(step, pairs), resamples, seed + i))
     drawn = np.percentile(arms[0] - arms[1], [2.5, 97.5])
     return Difference(
-        "refusals of harmful prompts less those of safe ones", difference, min(low, float(drawn[0])), max(high, float(drawn[1]))
+        "refusals of harmful prompts less those of safe ones",
+        difference,
+        min(low, float(drawn[0])),
+        max(high, float(drawn[1])),
     )

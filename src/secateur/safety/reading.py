@@ -28,11 +28,9 @@ LONGEST = 3
 _WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?|[^\w\s]|\n")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _LISTED = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s", re.MULTILINE)
-_PLAIN_WORDS = frozenset(
-    "a an the of to in on for and or is are be i you it that this with as at by my your me do how what can if not no "
-    "we they he she his her its from was were will would should could about which who when where why have has had "
-    .split()
-)  # fmt: skip
+_PLAIN = """a an the of to in on for and or is are be i you it that this with as at by my your me do how what can if not
+no we they he she his her its from was were will would should could about which who when where why have has had"""
+_PLAIN_WORDS = frozenset(_PLAIN.split())
 _SOFT = (
     r"\b(?:important|crucial|essential|worth) (?:to|that) (?:note|remember|understand|recogni[sz]e|acknowledge|respect"
     r"|consider|mention)",
@@ -128,7 +126,9 @@ def score(
     found = np.empty(len(pairs))
     for i, (prompt, response) in enumerate(pairs):
         hit = phrases(prompt, response)
-        found[i] = float(places[hit].sum(dtype=np.float64)) / np.sqrt(len(hit)) + cues(prompt, response) @ weights + bias
+        found[i] = (
+            float(places[hit].sum(dtype=np.float64)) / np.sqrt(len(hit)) + cues(prompt, response) @ weights + bias
+        )
     return found
 
 
