@@ -6,7 +6,7 @@ answer, unless it is given some (`texts`). What was not measured has no section;
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -37,6 +37,7 @@ SAFETY_STYLE = """
 .floor { border-left-color: var(--warn); }
 td.left, th.left { text-align: left; }
 table.tight { width: auto; min-width: 50%; }
+table.safety, details table.safety { font-size: 14px; }
 td.estimate small { display: block; line-height: 1.2; }
 table.safety tbody th, table.safety td { vertical-align: top; }
 .verdict details { margin-top: 4px; }
@@ -178,9 +179,10 @@ def _tests(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     if not found:
         return ""
     heads = ["Model", "What", "Judge", "Dense", "Pruned", "Difference", "More / fewer", "p", "p, Holm", "Smallest"]
-    table = Table(heads, left=3)
+    first = dig(summary, "primary", "judge")
+    mine, others = Table(heads, left=3), Table(heads, left=3)
     for each in found:
-        table.add(
+        (mine if each["judge"] == first else others).add(
             labels.get(each["arm"], each["arm"]),
             str(each["what"]),
             str(each["judge"]),
@@ -193,7 +195,8 @@ def _tests(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
             points(number(each, "smallest"), sign=False),
             kind="declared" if each.get("primary") else "",
         )
-    return section("Dense against pruned, prompt by prompt", f'<p class="note">{TESTS}</p>', table.html())
+    rest = f"<details><summary>By the other judges</summary>{others.html()}</details>" if others.rows else ""
+    return section("Dense against pruned, prompt by prompt", f'<p class="note">{TESTS}</p>', mine.html(), rest)
 
 
 def _groups(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
@@ -217,7 +220,8 @@ def _groups(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
             parts.append(f"<h3>By {escape(field)}: {heading}</h3>{table.html()}")
     if not parts:
         return ""
-    note = f"By the judge {dig(summary, 'primary', 'judge')}. These are for looking, not for testing: few prompts each."
+    judge = dig(summary, "primary", "judge")
+    note = (f"By the judge {judge}. " if judge else "") + "These are for looking, not for testing: few prompts each."
     return section("Where the differences are", f'<p class="note">{escape(note)}</p>', *parts)
 
 
@@ -234,7 +238,7 @@ def _agreement(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
             pair = kappas.get(name)
             value = number(pair, "kappa")
             same = percent(number(pair, "agreement"))
-            cells.append(f"– ({same} alike)" if value is None else f"{between(pair, plain2, key='kappa')} ({same} alike)")
+            cells.append(f"– ({same} alike)" if value is None else f"{between(pair, plain2, key='kappa', sign=False)} ({same} alike)")
         table.add(labels.get(each["arm"], each["arm"]), *cells)
     flags = rows_of("".join(f"<li>{escape(str(flag))}</li>" for each in found for flag in each.get("flags") or ()))
     return section("Do the judges agree?", f'<p class="note">{AGREEMENT}</p>', table.html(), flags)
@@ -296,7 +300,3 @@ def _provenance(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in told if value)
     return section("Provenance", f"<dl>{items}</dl>") if items else ""
 
-
-def arms_of(summary: Mapping[str, Any]) -> Sequence[str]:
-    """The names of the arms, the dense model first."""
-    return [str(arm["name"]) for arm in summary.get("arms") or ()]

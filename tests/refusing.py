@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def requests(count: int, seed: int, *, wrapped: bool = True) -> list[dict[str, A
     return rows
 
 
-def train(folder: Path, steps: int = 150, *, refuses: bool = True) -> Path:
+def train(folder: Path, steps: int = 100, *, refuses: bool = True) -> Path:
     """The model and its tokenizer in a folder."""
     tokenizer = chat_tokenizer()
     torch.manual_seed(0)
@@ -84,8 +85,24 @@ def train(folder: Path, steps: int = 150, *, refuses: bool = True) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class Ground:
+    """What a study stands on."""
+
+    model: Path
+    prompts: Path
+    text: Path
+
+
+def ground(folder: Path) -> Ground:
+    """All of it in one folder."""
+    return Ground(
+        train(folder / "model"), write_prompts(folder / "requests.jsonl"), write_text(folder / "words.txt")
+    )
+
+
 def write_prompts(path: Path, count: int = 16, seed: int = 7) -> Path:
-    """A prompt file with spans left out: bare prompts only are located."""
+    """A prompt file; half of its tasks are harmful."""
     path.write_text("".join(json.dumps(row) + "\n" for row in requests(count, seed)))
     return path
 
