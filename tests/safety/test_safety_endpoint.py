@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import socket
@@ -121,6 +122,9 @@ def test_the_key_is_sent_and_never_written(monkeypatch, tmp_path) -> None:
     ):
         answer_at(at(url, key_env="MY_KEY"), some_prompts(2))
     assert "sesame" not in str(error.value)
+    monkeypatch.setenv("MY_KEY", "sésame")
+    with pytest.raises(UsageError, match="characters that no key has"):
+        answer_at(at("http://x/v1", key_env="MY_KEY"), some_prompts(2))
     monkeypatch.delenv("MY_KEY")
     with pytest.raises(UsageError, match="MY_KEY, which should hold the key, is not set"):
         at("http://x/v1", key_env="MY_KEY")
@@ -253,6 +257,7 @@ def test_a_refusal_in_its_own_field_is_the_answer() -> None:
     ("options", "says"),
     [
         ({"url": "localhost:8000"}, "'url' of endpoint must be a base URL"),
+        ({"url": "http://x:99999/v1"}, "a port below 65536"),
         ({"url": "http://me:secret@x/v1"}, "holds a password: put it in OPENAI_API_KEY"),
         ({"model": " "}, "'model' of endpoint"),
         ({"timeout": 0}, "'timeout' of endpoint"),
@@ -270,6 +275,9 @@ def test_options_out_of_range_are_refused(options, says) -> None:
 
 @pytest.mark.slow
 def test_a_real_server_answers_as_the_model_in_memory(tmp_path) -> None:
+    missing = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"`transformers serve` needs {', '.join(missing)}: pip install 'transformers[serving]'")
     folder, prompts = tmp_path / "tiny", some_prompts(5)
     model, tokenizer = make("llama"), chat_tokenizer()
     model.save_pretrained(folder)
@@ -282,7 +290,7 @@ def test_a_real_server_answers_as_the_model_in_memory(tmp_path) -> None:
     with (tmp_path / "serve.log").open("wb") as output:
         server = subprocess.Popen([*command, *options], stdout=output, stderr=output)
         try:
-            endpoint = Endpoint(f"http://127.0.0.1:{port}/v1", str(folder), retries=8, backoff=1.0, concurrency=2)
+            endpoint = Endpoint(f"http://127.0.0.1:{port}/v1", str(folder), retries=9, backoff=0.5, concurrency=1)
             found = answer_at(endpoint, prompts, max_new_tokens=8, log=tmp_path / "run.jsonl")
         except RunFailure:
             print((tmp_path / "serve.log").read_text()[-3000:])

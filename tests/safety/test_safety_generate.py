@@ -16,7 +16,7 @@ from secateur.safety.decoding import Decoding
 from secateur.safety.generate import answer, encode
 from secateur.safety.identity import model_sha256
 from secateur.safety.log import read_log
-from secateur.safety.prompts import PromptSet
+from secateur.safety.prompts import PromptSet, read_prompts
 from secateur.safety.records import Prompt
 
 FAMILIES = ["llama", "mistral", "qwen3", "gemma3", "phi3", "opt", "gpt2", "gpt_neox", "bloom", "mixtral", "mamba"]
@@ -247,3 +247,17 @@ def test_a_list_of_prompts_is_a_set(llama, tokenizer) -> None:
     with pytest.raises(LoadFailure, match="'0' stands twice"):
         answer(llama, tokenizer, [prompts[0], replace(prompts[1], id="0")], max_new_tokens=2)
     assert isinstance(some_prompts(), PromptSet)
+
+
+@pytest.mark.real
+def test_a_real_chat_model_answers_alike_in_any_batch(smollm2) -> None:
+    model, tokenizer = smollm2
+    prompts = read_prompts("builtin").sample(3)
+    ids = [encode(tokenizer, prompt, Decoding()) for prompt in prompts]
+    for prompt, own in zip(prompts, ids, strict=True):
+        messages = [{"role": role, "content": content} for role, content in prompt.turns]
+        theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        assert own == list(theirs["input_ids"]) and own[0] != own[1]
+    batched = answer(model, tokenizer, prompts, max_new_tokens=5)
+    assert batched == answer(model, tokenizer, prompts, max_new_tokens=5, batch_size=1)
+    assert all(one.tokens == 5 and one.text.strip() for one in batched)

@@ -70,6 +70,10 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.url)
+        try:
+            parts.port  # noqa: B018 - checks the range
+        except ValueError as error:
+            raise InvalidParameter("url", "endpoint", "a base URL with a port below 65536", self.url) from error
         if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
             raise InvalidParameter("url", "endpoint", "a base URL, as http://localhost:8000/v1", self.url)
         if "@" in parts.netloc:
@@ -191,12 +195,15 @@ def connect(endpoint: Endpoint) -> Iterator[Connection]:
 
     Raises:
         LoadFailure: the package httpx is not installed.
+        UsageError: the key is not ASCII.
     """
     try:
         import httpx
     except ImportError as error:
         raise LoadFailure("An endpoint needs the package 'httpx': pip install 'secateur[safety]'.") from error
-    key = os.environ.get(endpoint.key_env)
+    key = os.environ.get(endpoint.key_env, "").strip()
+    if not key.isascii():
+        raise UsageError(f"The key in {endpoint.key_env} holds characters that no key has: copy it again.")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(max_connections=endpoint.concurrency)
     base = endpoint.url.rstrip("/") + "/"

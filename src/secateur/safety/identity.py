@@ -51,5 +51,5 @@ def _tensor_sha256(tensor: Tensor) -> str:
     digest = hashlib.sha256()
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     for start in range(0, flat.numel(), CHUNK):
-        digest.update(memoryview(flat[start : start + CHUNK].cpu().numpy()))
+        digest.update(flat[start : start + CHUNK].cpu().numpy().data)
     return digest.hexdigest()

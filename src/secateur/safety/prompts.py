@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from ..data.calibration import check_integer
 from ..data.instructions import ROLES
@@ -63,6 +63,10 @@ class PromptSet:
             raise LoadFailure(f"The prompt set '{self.name}' is empty: give at least one prompt.")
         seen: set[str] = set()
         for number, prompt in enumerate(self.prompts, 1):
+            try:
+                "".join((prompt.id, *(content for _, content in prompt.turns))).encode()
+            except UnicodeEncodeError as error:
+                raise LoadFailure(f"Prompt {number} of '{self.name}' holds half of a surrogate pair.") from error
             if prompt.id in seen:
                 raise LoadFailure(f"The id '{prompt.id}' stands twice in '{self.name}': give every prompt its own.")
             seen.add(prompt.id)
@@ -179,6 +183,9 @@ def read_prompts(spec: str | Path, *, label: str | None = None, name: str | None
         elif chosen not in FORMATS:
             raise UnknownName("prompt format", chosen, FORMATS)
         file = Path(path)
+        if not chosen and not exists(path) and file.suffix.lower() not in files.SUFFIXES:
+            hint = " Or a file: FILE, FORMAT=FILE, FILE:text=COLUMN,label=harmful."
+            raise UnknownName("prompt set", text, ("builtin",), hint)
         content = files.read_file(file)
         chosen = chosen or recognise(content)
         if chosen == "records":
@@ -188,7 +195,8 @@ def read_prompts(spec: str | Path, *, label: str | None = None, name: str | None
         else:
             raise UsageError(_unrecognised(file, content, FORMATS))
     if label is not None:
-        found = replace(found, prompts=tuple(replace(prompt, label=label) for prompt in found.prompts))
+        chosen_label = cast(Label, label)
+        found = replace(found, prompts=tuple(replace(prompt, label=chosen_label) for prompt in found.prompts))
     if name is not None:
         found = replace(found, name=name, prompts=tuple(replace(prompt, set=name) for prompt in found.prompts))
     return found
@@ -287,13 +295,14 @@ def _prompt(file: Path, number: int, row: Row, columns: Mapping[str, str], fixed
     label = fixed or given.get("label") or ""
     label = OTHER_LABELS.get(label, label)
     if label not in LABELS:
-        raise UnknownName("label", label, (*LABELS, *OTHER_LABELS), f" This is {where}.")
+        short = label if len(label) <= 20 else f"{label[:12]}…"  # it may be a prompt
+        raise UnknownName("label", short, (*LABELS, *OTHER_LABELS), f" This is {where}.")
     text = given.get("text") or (messages or (("", ""),))[-1][1]
     return Prompt(
         given.get("id") or str(number - 1),
         file.stem,
         text,
-        label,  # type: ignore[arg-type]
+        cast(Label, label),
         messages=messages,
         span=(0, len(text)) if text and not messages and not given.get("template") else None,
         source=str(file),

@@ -234,10 +234,12 @@ def _plain_tasks(content: Any, file: Path) -> tuple[list[Prompt], Counts]:
 
 def _benign_templated(content: Any, file: Path) -> tuple[list[Prompt], Counts]:
     tags = _mapping(content, file, "templates")
-    tasks = {(key,): _unquoted(text, file) for key, text in _listed(tags.get(BARE), file, BARE)}
+    tasks: dict[tuple[str, ...], str] = {
+        (key,): _unquoted(text, file) for key, text in _listed(tags.get(BARE), file, BARE)
+    }
     made: list[Prompt] = []
     for tag, texts in tags.items():
-        listed = {(key,): text for key, text in _listed(texts, file, str(tag))}
+        listed: dict[tuple[str, ...], str] = {(key,): text for key, text in _listed(texts, file, str(tag))}
         made += _in_template(str(tag), listed, tasks, "eval-safety-benign", "benign", file)
     return made, {"prompts": 2475, "tasks": 225}
 
