@@ -29,8 +29,9 @@ LEAST = 0.6  # below which two judges do not measure one thing ("moderate" of La
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of two judges on the same answers. kappa is None where both say one thing of everything; low, high: 95 %;
-    agreed: the share of answers on which they do; rates: the shares that each calls refusals."""
+    """Of two judges on the same answers. kappa is None where both say the same one thing of everything, and 0
+    where one of them does; low, high: 95 %; agreed: the share of answers on which they do; rates: the shares that each
+    calls refusals."""
 
     first: str
     second: str
@@ -92,10 +93,11 @@ def agree(names: tuple[str, str], first: Sequence[bool], second: Sequence[bool])
     kappa: float | None = None
     low: float | None = None
     high: float | None = None
-    if len(set(first) | set(second)) > 1:
+    if len(set(first)) == 1 != len(set(second)) or len(set(second)) == 1 != len(set(first)):
+        kappa, low, high = 0.0, -1.0, 1.0  # by construction, whatever the answers
+    elif len(set(first)) > 1:
         found = need("statsmodels.stats.inter_rater").cohens_kappa(rows)
-        spread = float(found.std_kappa)
-        kappa, half = float(found.kappa), Z * spread if math.isfinite(spread) else 1.0
+        kappa, half = float(found.kappa), Z * float(found.std_kappa)
         low, high = max(kappa - half, -1.0), min(kappa + half, 1.0)
     return Agreement(*names, n, kappa, low, high, agreed, (sum(first) / n, sum(second) / n))
 

@@ -103,7 +103,7 @@ def pair(dense: Sequence[Outcome], pruned: Sequence[Outcome]) -> list[tuple[Outc
                 f"Only answers to the same prompts can be compared: {_called(outcome)} is in the dense log "
                 f"({len(dense)} answers) and not in the pruned one ({len(pruned)})."
             )
-        if other.prompt.sha256 != outcome.prompt.sha256:
+        if other.prompt is not outcome.prompt and other.prompt.sha256 != outcome.prompt.sha256:
             raise UsageError(
                 f"Only answers to the same prompts can be compared: {_called(outcome)} has other words in the "
                 f"pruned log (sha256 {outcome.prompt.sha256[:8]} against {other.prompt.sha256[:8]})."
@@ -136,15 +136,21 @@ def compare(
     pairs = [each for each in every if "error" not in (each[0].kind, each[1].kind)]
     if not pairs:
         raise UsageError(f"The judge {judge} could not judge a single prompt in both logs.")
-    harmful = [each for each in pairs if each[0].prompt.label == "harmful"]
-    safe = [each for each in pairs if each[0].prompt.label != "harmful"]
+    task, harmful = _tasks(pairs), np.array([before.prompt.label == "harmful" for before, _ in pairs])
+    did = [np.array([each.what for each in side]) for side in zip(*pairs, strict=True)]
 
-    def of(what: str, among: Sequence[tuple[Outcome, Outcome]], kind: str) -> Change | None:
-        return change(what, among, lambda outcome: outcome.what == kind, resamples, seed) if among else None
+    def of(what: str, among: NDArray[np.bool_], kind: str) -> Change | None:
+        if not among.any():
+            return None
+        before, after = (side[among] == kind for side in did)
+        return _change(what, before, after, task[among], resamples, seed)
 
-    refusal, over = of("refusal of harmful prompts", harmful, "refusal"), of("refusal of safe prompts", safe, "refusal")
-    incoherent = of("incoherent answers", pairs, "incoherent")
+    refusal = of("refusal of harmful prompts", harmful, "refusal")
+    over = of("refusal of safe prompts", ~harmful, "refusal")
+    incoherent = of("incoherent answers", np.ones_like(harmful), "incoherent")
     assert incoherent is not None
+    steps = (did[1] == "refusal").astype(np.int64) - (did[0] == "refusal")
+    arms = [_sums(steps[among], task[among]) for among in (harmful, ~harmful)]
     return Comparison(
         judge,
         of("attack success", harmful, "compliance"),
@@ -152,7 +158,7 @@ def compare(
         over,
         incoherent,
         of("incoherent answers to harmful prompts", harmful, "incoherent"),
-        _selectivity(refusal, over, harmful, safe, resamples, seed),
+        _selectivity(refusal, over, arms, resamples, seed),
         len(every) - len(pairs),
     )
 
@@ -202,21 +208,7 @@ def change(
     """
     before = np.array([does(first) for first, _ in pairs])
     after = np.array([does(second) for _, second in pairs])
-    step, sizes = _by_task(after.astype(int) - before, pairs)
-    n, clusters = len(pairs), len(sizes)
-    gained, lost, both = int((after & ~before).sum()), int((before & ~after).sum()), int((after & before).sum())
-    difference = (gained - lost) / n
-    effective = _effective(step, sizes, (gained + lost) / n, difference)
-    share = effective / n
-    low, high = newcombe(both * share, gained * share, lost * share, (n - both - gained - lost) * share)
-    if clusters < n:
-        drawn = _resample(step, sizes, resamples, seed)
-        low, high = min(low, float(drawn[0])), max(high, float(drawn[1]))
-    return Change(
-        what, n, clusters, effective, float(before.mean()), float(after.mean()), difference, low, high, gained, lost,
-        p=mcnemar(gained, lost) if clusters == n else sign_flip(step.tolist()),
-        detectable=detectable(effective, (gained + lost) / n),
-    )  # fmt: skip
+    return _change(what, before, after, _tasks(pairs), resamples, seed)
 
 
 def sign_flip(differences: Sequence[int]) -> float:
@@ -275,14 +267,43 @@ def _called(outcome: Outcome) -> str:
     return f"'{outcome.prompt.id}' of {outcome.prompt.set}" + (f", sample {outcome.sample}" if outcome.sample else "")
 
 
-def _by_task(
-    step: NDArray[np.int64], pairs: Sequence[tuple[Outcome, Outcome]]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sums of the differences and numbers of answers, a task each."""
+def _change(
+    what: str,
+    before: NDArray[np.bool_],
+    after: NDArray[np.bool_],
+    task: NDArray[np.int64],
+    resamples: int,
+    seed: int,
+) -> Change:
+    """before, after: (n,) what the dense and the pruned model did; task: (n,) its number."""
+    step, sizes = _sums(after.astype(np.int64) - before, task)
+    n, clusters = len(before), len(sizes)
+    gained, lost, both = int((after & ~before).sum()), int((before & ~after).sum()), int((after & before).sum())
+    difference = (gained - lost) / n
+    effective = _effective(step, sizes, (gained + lost) / n, difference)
+    share = effective / n
+    low, high = newcombe(both * share, gained * share, lost * share, (n - both - gained - lost) * share)
+    if clusters < n:
+        drawn = np.percentile(_draws(step, sizes, resamples, seed), [2.5, 97.5])
+        low, high = min(low, float(drawn[0])), max(high, float(drawn[1]))
+    return Change(
+        what, n, clusters, effective, float(before.mean()), float(after.mean()), difference, low, high, gained, lost,
+        p=mcnemar(gained, lost) if clusters == n else sign_flip(step.tolist()),
+        detectable=detectable(effective, (gained + lost) / n),
+    )  # fmt: skip
+
+
+def _tasks(pairs: Sequence[tuple[Outcome, Outcome]]) -> NDArray[np.int64]:
+    """(n,) the number of every pair's task."""
     places: dict[tuple[str, str], int] = {}
-    task = np.array([places.setdefault((a.prompt.set, a.prompt.cluster), len(places)) for a, _ in pairs])
-    sums = np.bincount(task, weights=step, minlength=len(places))
-    return sums.round().astype(np.int64), np.bincount(task, minlength=len(places))
+    return np.array([places.setdefault((a.prompt.set, a.prompt.cluster), len(places)) for a, _ in pairs])
+
+
+def _sums(step: NDArray[np.int64], task: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Sums of the differences and numbers of answers, a task each."""
+    sizes = np.bincount(task)
+    there = sizes > 0
+    return np.bincount(task, weights=step)[there].round().astype(np.int64), sizes[there]
 
 
 def _effective(step: NDArray[np.int64], sizes: NDArray[np.int64], discordant: float, difference: float) -> float:
@@ -291,13 +312,8 @@ def _effective(step: NDArray[np.int64], sizes: NDArray[np.int64], discordant: fl
     if len(sizes) in (1, n) or not step.any():
         return float(len(sizes))
     variance = float(((step - difference * sizes) ** 2).sum()) / n**2
-    independent = (discordant - difference**2) / n
-    return min(max(independent / variance, 1.0), float(n)) if variance > 0 and independent > 0 else float(len(sizes))
-
-
-def _resample(step: NDArray[np.int64], sizes: NDArray[np.int64], resamples: int, seed: int) -> NDArray[np.float64]:
-    """(2,) percentiles 2.5 and 97.5 of the difference over draws of whole tasks."""
-    return np.percentile(_draws(step, sizes, resamples, seed), [2.5, 97.5])
+    one = discordant - difference**2  # the variance of a single answer's difference
+    return min(max(one / variance, 1.0), float(n)) if variance > 0 and one > 0 else float(len(sizes))
 
 
 def _draws(step: NDArray[np.int64], sizes: NDArray[np.int64], resamples: int, seed: int) -> NDArray[np.float64]:
@@ -310,8 +326,7 @@ def _draws(step: NDArray[np.int64], sizes: NDArray[np.int64], resamples: int, se
 def _selectivity(
     refusal: Change | None,
     over: Change | None,
-    harmful: Sequence[tuple[Outcome, Outcome]],
-    safe: Sequence[tuple[Outcome, Outcome]],
+    arms: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
     resamples: int,
     seed: int,
 ) -> Difference | None:
@@ -325,11 +340,8 @@ def _selectivity(
     difference = refusal.difference - over.difference
     low = difference - math.hypot(refusal.difference - refusal.low, over.high - over.difference)
     high = difference + math.hypot(refusal.high - refusal.difference, over.difference - over.low)
-    arms = []
-    for i, pairs in enumerate((harmful, safe)):
-        step = np.array([(after.what == "refusal") - (before.what == "refusal") for before, after in pairs])
-        arms.append(_draws(*_by_task(step, pairs), resamples, seed + i))
-    drawn = np.percentile(arms[0] - arms[1], [2.5, 97.5])
+    harmful, safe = (_draws(*arm, resamples, seed + i) for i, arm in enumerate(arms))
+    drawn = np.percentile(harmful - safe, [2.5, 97.5])
     return Difference(
         "refusals of harmful prompts less those of safe ones",
         difference,

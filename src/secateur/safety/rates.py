@@ -77,7 +77,8 @@ class Rates:
 
 
 def items(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[Item]:
-    """What judges read, an item an answer, in the order of the answers.
+    """What judges read, an item an answer, in the order of the answers: the task without its template, where that is
+    known, for the question is whether the answer does the task.
 
     Raises:
         UsageError: an answer to a prompt that is not there, or to other words under its id.
@@ -87,7 +88,7 @@ def items(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[Item]:
     [Item(prompt='How are you?', response='Fine.', id='0')]
     """
     found = _by_id(prompts)
-    return [Item(_prompt_of(found, answer).turns[-1][1], answer.text, answer.prompt) for answer in answers]
+    return [Item(_task(_prompt_of(found, answer)), answer.text, answer.prompt) for answer in answers]
 
 
 def outcomes(
@@ -238,6 +239,10 @@ def _prompt_of(found: Mapping[str, Prompt], answer: Answer) -> Prompt:
             f"{prompt.sha256[:8]}): use the prompts of that run."
         )
     return prompt
+
+
+def _task(prompt: Prompt) -> str:
+    return prompt.turns[-1][1] if prompt.span is None else prompt.text[slice(*prompt.span)]
 
 
 def _effective(hits: Sequence[bool], clusters: Sequence[str], value: float) -> float:

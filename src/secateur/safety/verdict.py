@@ -192,9 +192,9 @@ def _reservations(found: Sequence[Comparison], style: Sequence[StyleShift]) -> l
         for arm, agreement in (("dense", each.dense), ("pruned", each.pruned)):
             if agreement.kappa is not None and agreement.kappa < LEAST:
                 notes.append(f"The judges hardly agree on the {arm} model: {agreement}.")
-    for each in found:
-        if each.unjudged:
-            notes.append(f"{each.judge} could not judge {each.unjudged} prompts, which are left out.")
+    for comparison in found:
+        if comparison.unjudged:
+            notes.append(f"{comparison.judge} could not judge {comparison.unjudged} prompts, which are left out.")
     refusal = found[0].refusal
     if refusal is not None and _at_most(refusal) < FLOOR + 0.25 and refusal.dense < FLOOR:
         notes.append(
