@@ -168,8 +168,8 @@ class Replayed:
 
 @dataclass(frozen=True)
 class AttackComparison:
-    """Pruned minus dense. area: of the loss curves; reached: requests under the threshold, dense and pruned; success: the
-    difference of shares with Newcombe's interval, p McNemar's; transfer: shares by "suffixes of -> tried on"."""
+    """Pruned minus dense. area: of the loss curves; reached: requests under the threshold, dense and pruned; success:
+    the difference of shares with Newcombe's interval, p McNemar's; transfer: shares by "suffixes of -> tried on"."""
 
     area: Estimate
     reached: tuple[int, int]
