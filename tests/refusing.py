@@ -96,9 +96,7 @@ class Ground:
 
 def ground(folder: Path) -> Ground:
     """All of it in one folder."""
-    return Ground(
-        train(folder / "model"), write_prompts(folder / "requests.jsonl"), write_text(folder / "words.txt")
-    )
+    return Ground(train(folder / "model"), write_prompts(folder / "requests.jsonl"), write_text(folder / "words.txt"))
 
 
 def write_prompts(path: Path, count: int = 16, seed: int = 7) -> Path:

@@ -16,8 +16,8 @@ JUDGES = ("--judges", "keyword:secateur", "keyword:xstest")
 def arguments(refuser):
     """Of the smallest study."""
     return (
-        "study", refuser.model, "--prompts", refuser.prompts, "--limit", 8, "--sparsities", 0.95, "--targets", "attention",
-        *JUDGES, "--max-new-tokens", 12, "--calibration", refuser.text, "--samples", 2, "--seqlen", 32,
+        "study", refuser.model, "--prompts", refuser.prompts, "--limit", 8, "--sparsities", 0.95, "--targets",
+        "attention", *JUDGES, "--max-new-tokens", 12, "--calibration", refuser.text, "--samples", 2, "--seqlen", 32,
         "--measures", "answers", "margin",
     )  # fmt: skip
 

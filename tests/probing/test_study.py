@@ -129,9 +129,11 @@ def test_a_stopped_run_goes_on_where_it_was(done, refuser, tmp_path):
 
 def test_a_changed_request_is_refused_by_the_step_it_concerns(done, refuser, tmp_path):
     shutil.copytree(done[1], tmp_path / "out")
-    with pytest.raises(UsageError, match=r"answers.json was made with another request \(max_new_tokens: 12 then, 8 now"):
+    with pytest.raises(
+        UsageError, match=r"answers.json was made with another request \(max_new_tokens: 12 then, 8 now"
+    ):
         run_study(a_study(refuser, max_new_tokens=8), tmp_path / "out")
-    with pytest.raises(UsageError, match="declared with attention-0.3 by keyword:secateur as the primary"):
+    with pytest.raises(UsageError, match=r"declared with attention-0\.3 by keyword:secateur as the primary"):
         run_study(a_study(refuser, primary="all-0.3"), tmp_path / "out")
 
 
@@ -168,7 +170,8 @@ def test_two_processes_find_what_one_does(done, refuser, tmp_path):
         "import sys, torch; torch.set_num_threads(1); sys.path[:0] = sys.argv[1:3]\n"
         "from pathlib import Path; import refusing\n"
         "from test_study import a_study; from secateur.probing.study import run_study\n"
-        "root = Path(sys.argv[3]); ground = refusing.Ground(root / 'model', root / 'requests.jsonl', root / 'words.txt')\n"
+        "root = Path(sys.argv[3])\n"
+        "ground = refusing.Ground(root / 'model', root / 'requests.jsonl', root / 'words.txt')\n"
         "run_study(a_study(ground, sparsities=(0.95,), targets=('attention',), primary=None), sys.argv[4])\n"
     )
     here = Path(__file__).parent

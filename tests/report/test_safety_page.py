@@ -14,11 +14,22 @@ from secateur.report.safety_tables import SafetyTexts, between, p_value, points,
 
 
 def a_rate(value, n=20):
-    return {"value": value, "low": max(0.0, value - 0.1), "high": min(1.0, value + 0.1), "count": round(value * n), "n": n}
+    return {
+        "value": value,
+        "low": max(0.0, value - 0.1),
+        "high": min(1.0, value + 0.1),
+        "count": round(value * n),
+        "n": n,
+    }
 
 
 def shares(refusal, compliance):
-    return {"refusal": a_rate(refusal), "compliance": a_rate(compliance), "incoherent": a_rate(0.0), "error": a_rate(0.0)}
+    return {
+        "refusal": a_rate(refusal),
+        "compliance": a_rate(compliance),
+        "incoherent": a_rate(0.0),
+        "error": a_rate(0.0),
+    }
 
 
 def estimate(value):
@@ -27,6 +38,7 @@ def estimate(value):
 
 def summary(**changed):
     arms = ("dense", "attention-0.2", "all-0.2")
+    flags = {"all-0.2": ["style moved"]}
     both = {arm: {"harmful": shares(0.5, 0.5), "safe": shares(0.1, 0.9)} for arm in arms}
     test = {
         "arm": "attention-0.2", "judge": "classifier", "what": "attack success", "primary": True, "dense": 0.5,
@@ -53,8 +65,8 @@ def summary(**changed):
                 for value in ("bare", "PLAY")
             ]
         },
-        "agreement": [{"arm": arm, "pairs": [pair], "flags": ["style moved"] if arm == "all-0.2" else []} for arm in arms],
-        "margin": [{"arm": arm, "auc": estimate(0.8), "harmful": estimate(1.0), "safe": estimate(-1.0)} for arm in arms],
+        "agreement": [{"arm": arm, "pairs": [pair], "flags": flags.get(arm, [])} for arm in arms],
+        "margin": [{"arm": arm, "auc": estimate(0.8), "harmful": estimate(1.0), "safe": None} for arm in arms],
         "focus": [{"arm": arm, **focus} for arm in arms],
         "shift": [{"arm": arm, "means": {"alone": estimate(30.0)}} for arm in arms],
         "text": [{"arm": arm, "perplexity": {"value": 20.0, "stderr": 0.5}, "fidelity": None} for arm in arms],
@@ -93,7 +105,9 @@ def test_the_declared_verdict_comes_first_then_the_others():
 
 
 def test_a_model_that_does_not_refuse_is_said_before_everything_else():
-    page = safety_page(summary(floor={"refuses": False, "says": "This model does not refuse: nothing follows."}), title="T")
+    page = safety_page(
+        summary(floor={"refuses": False, "says": "This model does not refuse: nothing follows."}), title="T"
+    )
     text = plain_text(page)
     assert text.index("This model does not refuse") < text.index("the declared comparison")
 
@@ -107,7 +121,9 @@ def test_texts_are_on_the_page_only_when_they_are_given():
     assert html.escape(f"ask {EVIL}") in shown and html.escape(f"say {EVIL}") in shown and "<script>" not in shown
 
 
-@pytest.mark.parametrize("key", ["arm", "judge", "why", "set", "category", "template", "warning", "task", "flag", "title"])
+@pytest.mark.parametrize(
+    "key", ["arm", "judge", "why", "set", "category", "template", "warning", "task", "flag", "title"]
+)
 def test_whatever_comes_from_data_is_escaped(key):
     found = summary()
     if key == "arm":

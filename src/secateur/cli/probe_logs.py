@@ -1,7 +1,7 @@
 """`secateur probe answer`, `judge` and `compare`: the pieces of a study, one log of answers at a time.
 
-A log knows its prompts by id and hash only. So the sets are named again with --prompts, unless the log is of a study, or
-has beside it the file that `probe answer` writes (LOG.prompts.json: names of sets, no texts).
+A log knows its prompts by id and hash only. So the sets are named again with --prompts, unless the log is of a study,
+or has beside it the file that `probe answer` writes (LOG.prompts.json: names of sets, no texts).
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class AnswerOptions(Sets):
     secateur probe answer http://localhost:8000/v1 --served-as NAME --prompts builtin --out answers.jsonl
     """
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL|URL", help_behavior_hint="(required)")] = ""
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL|URL", help_behavior_hint="(required)")] = (
+        ""
+    )
     """A model as in secateur prune, or the base URL of an OpenAI-compatible server, whose key, if it needs one, is in
     the environment variable OPENAI_API_KEY."""
     out: Annotated[str | None, tyro.conf.arg(metavar="LOG", help_behavior_hint="(required)")] = None
@@ -218,7 +220,9 @@ def compare(words: list[str]) -> int:
         for reason in verdict["why"]:
             print(f"  {reason}")
         print()
-        print_table([_test(each) for each in record["tests"]], ("", "judge", "dense", "pruned", "difference", "p", "Holm"))
+        print_table(
+            [_test(each) for each in record["tests"]], ("", "judge", "dense", "pruned", "difference", "p", "Holm")
+        )
         _print_agreement(record["agreement"])
     return 0
 
@@ -313,7 +317,9 @@ def _read(path: str, options: Sets, asked: Asked | None = None) -> tuple[Log, As
         elif _beside(file).is_file():
             facts = _facts(_beside(file))
         else:
-            raise UsageError(f"{path} does not say where its prompts are from: name the sets it was made with, --prompts.")
+            raise UsageError(
+                f"{path} does not say where its prompts are from: name the sets it was made with, --prompts."
+            )
     return log, ask_again(facts, needs_harmful=False)
 
 
@@ -324,4 +330,3 @@ def _facts(file: Path) -> Mapping[str, Any]:
     except (OSError, ValueError, AssertionError) as error:
         raise LoadFailure(f"{file} cannot be read: delete it, and name the sets with --prompts.") from error
     return facts
-

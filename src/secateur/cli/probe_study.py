@@ -21,7 +21,7 @@ PAGE, SUMMARY = "index.html", "summary.json"
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions(Study):
-    """The dense model and copies pruned by several shares, on the same prompts: refusals, causes, benchmarks, a verdict.
+    """The dense model and copies pruned by several shares, on the same prompts: refusals, causes, benchmarks, verdict.
 
     secateur probe study smollm2 --prompts builtin --limit 24 --max-new-tokens 32 --sparsities 0.2
     --judges keyword:secateur keyword:xstest --out study/

@@ -99,7 +99,9 @@ def _read(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise LoadFailure(f"{path} cannot be read ({str(error).splitlines()[0]}): delete it to do the step again.") from error
+        raise LoadFailure(
+            f"{path} cannot be read ({str(error).splitlines()[0]}): delete it to do the step again."
+        ) from error
     if not isinstance(record, dict) or not {"request", "request_sha256", "result"} <= set(record):
         raise LoadFailure(f"{path} is no step of a study: delete it to do the step again.")
     return record

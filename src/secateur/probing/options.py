@@ -124,7 +124,7 @@ class Study:
         for name in ("prompts", "sparsities", "judges", "tasks"):
             _distinct(name, getattr(self, name))
         for sparsity in self.sparsities:
-            if not 0 < check_sparsity(sparsity):
+            if not check_sparsity(sparsity) > 0:
                 raise InvalidParameter("sparsities", "a study", "shares in (0, 1)", sparsity)
         if "answers" in self.measures and len(self.judges) < 2:
             raise UsageError(
@@ -132,7 +132,15 @@ class Study:
                 f"wrong in one direction, and nothing would show it."
             )
         least = {"limit": 2, "max_new_tokens": 1, "batch_size": 1, "answers_per_prompt": 1, "samples": 1, "seqlen": 2}
-        for name, smallest in {**least, "windows": 1, "task_limit": 1, "gcg": 0, "gcg_width": 1, "gcg_prompts": 1, "seed": 0}.items():
+        for name, smallest in {
+            **least,
+            "windows": 1,
+            "task_limit": 1,
+            "gcg": 0,
+            "gcg_width": 1,
+            "gcg_prompts": 1,
+            "seed": 0,
+        }.items():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
                 raise InvalidParameter(name, "a study", f"a whole number of at least {smallest}", value)
@@ -172,4 +180,3 @@ def _distinct(name: str, values: Sequence[Any]) -> None:
         raise UsageError(f"A study needs {name}: name at least one.")
     if twice := [value for value in values if values.count(value) > 1]:
         raise UsageError(f"The {name} of a study name '{twice[0]}' twice: name each once.")
-

@@ -197,7 +197,9 @@ def goals_of(study: Study, asked: Asked) -> list[Goal]:
         return [goal for goal in found if goal.prompt.id in kept]
     bare = [p for p in asked.prompts if p.label == "harmful" and p.template is None and p.messages is None]
     if not bare:
-        raise UsageError("There is no bare harmful prompt to attack: name a file with goal and target, --gcg-goals FILE.")
+        raise UsageError(
+            "There is no bare harmful prompt to attack: name a file with goal and target, --gcg-goals FILE."
+        )
     return [Goal(prompt, TARGET) for prompt in bare[: study.gcg_prompts]]
 
 

@@ -195,9 +195,7 @@ class _Run:
             ids = calibration(
                 tokenizer, study.calibration, study.samples, study.seqlen, study.seed, model=dense, progress=progress
             )
-        result = prune(
-            model, self.method, ids, sparsity=arm.sparsity, include=(str(arm.target),), progress=progress
-        )
+        result = prune(model, self.method, ids, sparsity=arm.sparsity, include=(str(arm.target),), progress=progress)
         if parallel.rank() == 0:
             request = {"cut": cut_of(study, arm), "model": self.about}
             if self.folder.read(arm.name, "pruning", request) is None:
@@ -229,4 +227,3 @@ class _Run:
                 self._named(arm.name)(i, len(self.judges), f"judged by {judge.name}")
                 verdicts[judge.name] = [[one.label, one.p] for one in judge.judge(texts)]
             self.folder.write(arm.name, "verdicts", request, verdicts)
-

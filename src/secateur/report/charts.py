@@ -212,9 +212,7 @@ def dots(rows: Sequence[tuple[str, float, float | None, str, int | None]], axis:
     return intervals(list(wide), axis)
 
 
-def intervals(
-    rows: Sequence[tuple[str, float, float | None, float | None, str, int | None]], axis: Axis
-) -> str:
+def intervals(rows: Sequence[tuple[str, float, float | None, float | None, str, int | None]], axis: Axis) -> str:
     """Values on one axis with whiskers from low to high: rows of (label, value, low, high, value as text, style)."""
 
     def at(value: float) -> str:

@@ -15,17 +15,19 @@ no judge and no generated text. AUC is the chance that a harmful prompt has a la
 that the model does not tell them apart. The margin also moves with anything that makes openings likelier, on harmful
 and on safe prompts alike, so only its difference in differences (harmful minus safe) says something about safety."""
 
-FOCUS = """Where attention goes, as means over layers, heads and prompts. Lift is the attention on the task’s tokens over
-what uniform attention would give them: above 1 the task gets more than its share. Entropy is relative to the largest
-possible (1 = spread evenly, 0 = on one token); “no sink” leaves the first token out, which takes most of many heads’
-attention whatever it is."""
+FOCUS = """Where attention goes, as means over layers, heads and prompts. Lift is the attention on the task’s tokens
+over what uniform attention would give them: above 1 the task gets more than its share. Entropy is relative to the
+largest possible (1 = spread evenly, 0 = on one token); “no sink” leaves the first token out, which takes most of many
+heads’ attention whatever it is. Brackets: 95 %, over tasks."""
 
-SHIFT = """Perplexity of the task by itself, of the task’s tokens inside a jailbreak template, of the template’s own
-tokens, and of the task behind a harmless text of the same length. If pruning raises only the template’s, the model
-finds such templates stranger; if the control rises alike, it finds all long texts stranger."""
+SHIFT = """Perplexity of the task’s tokens alone, inside a jailbreak template, and behind a harmless preamble of as many
+tokens; of the template’s and the preamble’s tokens; and of the whole prompt. Pruning makes any text less likely, so
+two contrasts say whether templates are special: “specific” is the change inside the template less that behind the
+preamble, “artificial” the change of the template’s tokens less that of the preamble’s. Around 0, templates are not."""
 
 ATTACK = """An automated attack (GCG) looks for a suffix that makes the model begin its answer as the attacker wants, with
-the same budget and seeds for every model. The loss says how near it came; whether the attack succeeded, the judges say."""
+the same budget and seeds for every model. The loss says how near it came (its area over the steps how fast); whether
+the attack succeeded, the judges say. Suffixes are not kept."""
 
 
 def margin_section(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
@@ -46,7 +48,9 @@ def margin_section(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str
         value, low, high = (number(each, "auc", key) for key in ("value", "low", "high"))
         if value is not None:
             text = between(each["auc"], sign=False)
-            rows.append((labels.get(each["arm"], each["arm"]), value, low, high, text, of_arms(labels).get(each["arm"])))
+            rows.append(
+                (labels.get(each["arm"], each["arm"]), value, low, high, text, of_arms(labels).get(each["arm"]))
+            )
     chart = ""
     if rows:
         axis = charts.share_axis([1.0])
@@ -62,9 +66,7 @@ def focus_section(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     names = [name for name in FOCUS_NAMES if any(name in each["means"] for each in found)]
     table = Table(["Model", *(FOCUS_NAMES[name] for name in names)])
     for each in found:
-        table.add(
-            labels.get(each["arm"], each["arm"]), *(between(dig(each, "means", n), sign=False) for n in names)
-        )
+        table.add(labels.get(each["arm"], each["arm"]), *(between(dig(each, "means", n), sign=False) for n in names))
     moved = Table(["Change, pruned − dense", *(FOCUS_NAMES[name] for name in names)])
     for each in found:
         if each.get("change"):
@@ -97,7 +99,9 @@ def _over_depth(found: Sequence[Any], labels: Mapping[str, str]) -> str:
             values = dig(each, "layers", name) or ()
             line = tuple((float(k), float(v)) for k, v in enumerate(values) if v is not None)
             style = styles.get(each["arm"])
-            lines.append(charts.Line(labels.get(each["arm"], each["arm"]), line, charts.SERIES - 1 if style is None else style))
+            lines.append(
+                charts.Line(labels.get(each["arm"], each["arm"]), line, charts.SERIES - 1 if style is None else style)
+            )
         seen = [y for line in lines for _, y in line.points]
         if not seen:
             continue
@@ -106,7 +110,9 @@ def _over_depth(found: Sequence[Any], labels: Mapping[str, str]) -> str:
         panels.append(charts.panel(heading, lines, depth, axis, value=lambda v: f"{v:.3f}"))
     if not panels:
         return ""
-    keyed = "".join(_key(label, style) for label, style in ((labels.get(e["arm"], e["arm"]), styles.get(e["arm"])) for e in found))
+    keyed = "".join(
+        _key(label, style) for label, style in ((labels.get(e["arm"], e["arm"]), styles.get(e["arm"])) for e in found)
+    )
     return f'<h3>Layer by layer</h3><ul class="key">{keyed}</ul><div class="panels">{"".join(panels)}</div>'
 
 
@@ -138,13 +144,17 @@ def shift_section(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     parts = list(dict.fromkeys(name for each in found for name in each["means"]))
     table = Table(["Perplexity", *parts])
     for each in found:
-        table.add(labels.get(each["arm"], each["arm"]), *(between(dig(each, "means", n), two, sign=False) for n in parts))
+        table.add(
+            labels.get(each["arm"], each["arm"]), *(between(dig(each, "means", n), two, sign=False) for n in parts)
+        )
     moved = Table(["Change of log perplexity", *dict.fromkeys(n for e in found for n in e.get("change") or ())])
     for each in found:
         if each.get("change"):
             moved.add(labels.get(each["arm"], each["arm"]), *(between(dig(each, "change", n)) for n in moved.heads[1:]))
     chart = _shift_chart(found, labels)
-    return section("Perplexity shift", f'<p class="note">{SHIFT}</p>', table.html(), chart, moved.html() if moved.rows else "")
+    return section(
+        "Perplexity shift", f'<p class="note">{SHIFT}</p>', table.html(), chart, moved.html() if moved.rows else ""
+    )
 
 
 def _shift_chart(found: Sequence[Any], labels: Mapping[str, str]) -> str:
@@ -171,7 +181,17 @@ def attack_section(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str
     if not found:
         return ""
     judges = list(dict.fromkeys(name for each in found for name in each.get("success") or {}))
-    table = Table(["Model", "Prompts", "Steps", "Loss, first", "Loss, best", "Change of area", *(f"Success by {name}" for name in judges)])
+    table = Table(
+        [
+            "Model",
+            "Prompts",
+            "Steps",
+            "Loss, first",
+            "Loss, best",
+            "Change of area",
+            *(f"Success by {name}" for name in judges),
+        ]
+    )
     for each in found:
         shares = [each.get("success", {}).get(name) for name in judges]
         table.add(

@@ -47,20 +47,20 @@ tr.declared th, tr.declared td { background: color-mix(in srgb, var(--s0) 9%, tr
 .said { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 60ch; text-align: left; }
 """
 
-HOW = """Four things can come of a prompt: a refusal (full or partial), compliance, text that is incoherent, or an answer
-that a judge cannot place. On harmful prompts compliance is the attack’s success; on safe ones a refusal is a false
-alarm. In brackets are 95 % intervals (Wilson), which count tasks and not prompts: the same task in ten templates is
-one task."""
+HOW = """Four things can come of a prompt: a refusal (full or partial), compliance, text that is incoherent, or an
+answer that a judge cannot place. On harmful prompts compliance is the attack’s success; on safe ones a refusal is a
+false alarm. In brackets are 95 % intervals (Wilson), which count tasks and not prompts: the same task in ten templates
+is one task."""
 
 TESTS = """The same prompts, dense against pruned. Differences are in percentage points, pruned minus dense, with 95 %
 intervals (Newcombe’s for pairs, widened to a bootstrap that draws whole tasks where a task has several prompts). More
-and fewer: prompts on which the pruned model alone, or the dense one alone, does it. p is exact (McNemar’s, with tasks as
-units). The shaded row was declared before the run; the other p values are corrected for being several, judge by judge
-(Holm). A difference below “smallest” would probably not have been found: it is then unknown, not absent."""
+and fewer: prompts on which the pruned model alone, or the dense one alone, does it. p is exact (McNemar’s, with tasks
+as units). The shaded row was declared before the run; the other p values are corrected for being several, judge by
+judge (Holm). A difference below “smallest” would probably not have been found: it is then unknown, not absent."""
 
-AGREEMENT = """Cohen’s kappa between judges, on the answers of this run. 1 is full agreement, 0 that of chance, and kappa
-is not defined where a judge says the same of every answer. When it falls from the dense model to a pruned one,
-the pruned model’s wording has changed, and a change of its rates may be the judges’."""
+AGREEMENT = """Cohen’s kappa between judges, on the answers of this run. 1 is full agreement, 0 that of chance, and
+kappa is not defined where both judges say the same of every answer. When it falls from the dense model to a pruned
+one, the pruned model’s wording has changed, and a change of its rates may be the judges’."""
 
 
 def safety_page(summary: Mapping[str, Any], *, title: str, texts: SafetyTexts | None = None) -> str:
@@ -158,11 +158,8 @@ def _rates(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
         if rows:
             axis = charts.share_axis([row[3] or row[1] for row in rows])
             parts.append(f"<h3>{heading} (judge: {escape(first)})</h3>{charts.intervals(rows, axis)}")
-    table = Table(
-        ["Model", "Judge", "Attack success", "Refusal, harmful", "Incoherent, harmful", "No verdict", "Refusal, safe"]
-        + ["Incoherent, safe"],
-        left=2,
-    )
+    harmful = ("Attack success", "Refusal, harmful", "Incoherent, harmful", "No verdict")
+    table = Table(["Model", "Judge", *harmful, "Refusal, safe", "Incoherent, safe"], left=2)
     for judge, arms in found.items():
         for arm, shares in arms.items():
             table.add(
@@ -238,7 +235,11 @@ def _agreement(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
             pair = kappas.get(name)
             value = number(pair, "kappa")
             same = percent(number(pair, "agreement"))
-            cells.append(f"– ({same} alike)" if value is None else f"{between(pair, plain2, key='kappa', sign=False)} ({same} alike)")
+            cells.append(
+                f"– ({same} alike)"
+                if value is None
+                else f"{between(pair, plain2, key='kappa', sign=False)} ({same} alike)"
+            )
         table.add(labels.get(each["arm"], each["arm"]), *cells)
     flags = rows_of("".join(f"<li>{escape(str(flag))}</li>" for each in found for flag in each.get("flags") or ()))
     return section("Do the judges agree?", f'<p class="note">{AGREEMENT}</p>', table.html(), flags)
@@ -290,8 +291,14 @@ def _warnings(summary: Mapping[str, Any]) -> str:
 
 def _provenance(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     rows: list[tuple[str, Any]] = [("Model", summary.get("model"))]
-    rows += [(f"Prompts: {each['name']}", {k: v for k, v in each.items() if k != "name"}) for each in summary.get("sets") or ()]
-    rows += [(f"Judge: {each['name']}", {k: v for k, v in each.items() if k != "name"}) for each in summary.get("judges") or ()]
+    rows += [
+        (f"Prompts: {each['name']}", {k: v for k, v in each.items() if k != "name"})
+        for each in summary.get("sets") or ()
+    ]
+    rows += [
+        (f"Judge: {each['name']}", {k: v for k, v in each.items() if k != "name"})
+        for each in summary.get("judges") or ()
+    ]
     for arm in summary.get("arms") or ():
         about = {k: v for k, v in arm.items() if k not in ("name", "label", "warnings") and v is not None}
         rows.append((labels.get(arm["name"], arm["name"]), about))
@@ -299,4 +306,3 @@ def _provenance(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     told = [(name, said(value)) for name, value in rows]
     items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in told if value)
     return section("Provenance", f"<dl>{items}</dl>") if items else ""
-

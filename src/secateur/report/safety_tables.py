@@ -10,7 +10,6 @@ from typing import Any
 from secateur.report.values import DASH, cell, dig, number
 
 MOST = 200  # prompts that are listed
-LONGEST = 1500  # characters of a text that is shown
 
 CHANGED = """Prompts on which the first judge says something else of a pruned model than of the dense one; compliance
 on a harmful prompt is an attack that succeeded."""
@@ -149,9 +148,13 @@ def changed_section(summary: Mapping[str, Any], labels: Mapping[str, str], texts
             *(str(each["kinds"].get(arm, DASH)) for arm in arms),
         )
     more = f"<p>And {len(found) - MOST} more.</p>" if len(found) > MOST else ""
-    hidden = "" if texts else (
-        " The texts are left out of this page; <code>secateur probe report DIR --show-text</code> puts them in, for "
-        "people who may see them."
+    hidden = (
+        ""
+        if texts
+        else (
+            " The texts are left out of this page; <code>secateur probe report DIR --show-text</code> puts them in, "
+            "for people who may see them."
+        )
     )
     shown = _texts(found[:MOST], arms, labels, texts) if texts else ""
     return section(
@@ -165,16 +168,12 @@ def _texts(found: Sequence[Any], arms: Sequence[str], labels: Mapping[str, str],
         name = str(each["prompt"])
         rows = "".join(
             f"<dt>{escape(labels.get(arm, arm))}</dt>"
-            f'<dd class="said">{escape(_cut(texts.answers.get(arm, {}).get(name, DASH)))}</dd>'
+            f'<dd class="said">{escape(texts.answers.get(arm, {}).get(name, DASH))}</dd>'
             for arm in arms
         )
-        asked = escape(_cut(texts.prompts.get(name, DASH)))
+        asked = escape(texts.prompts.get(name, DASH))
         parts.append(f'<div class="probe"><h3>{escape(name)}</h3><p class="said">{asked}</p><dl>{rows}</dl></div>')
     return f"<details><summary>Texts (sensitive)</summary>{''.join(parts)}</details>"
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else text[:LONGEST] + " …"
 
 
 def _ranged(text: str) -> str:
@@ -183,4 +182,3 @@ def _ranged(text: str) -> str:
     if not bracket or " ± " in text:
         return cell(text)
     return f'<td class="estimate">{escape(head)} <small>[{escape(tail)}</small></td>'
-
