@@ -171,8 +171,10 @@ def _gcg(work: Work) -> dict[str, Any]:
 
     def generate(prompts: Sequence[Prompt]) -> list[str]:
         if not answered:  # once for all judges
-            size = {"max_new_tokens": study.max_new_tokens, "batch_size": study.batch_size}
-            answers = answer(work.model, work.tokenizer, prompts, **size, rank=0, world=1)
+            answers = answer(
+                work.model, work.tokenizer, prompts, max_new_tokens=study.max_new_tokens, batch_size=study.batch_size,
+                rank=0, world=1,
+            )  # fmt: skip
             answered.extend(each.text for each in answers)
         return answered
 

@@ -25,8 +25,8 @@ tokens; of the template’s and the preamble’s tokens; and of the whole prompt
 two contrasts say whether templates are special: “specific” is the change inside the template less that behind the
 preamble, “artificial” the change of the template’s tokens less that of the preamble’s. Around 0, templates are not."""
 
-ATTACK = """An automated attack (GCG) looks for a suffix that makes the model begin its answer as the attacker wants, with
-the same budget and seeds for every model. The loss says how near it came (its area over the steps how fast); whether
+ATTACK = """An automated attack (GCG) looks for a suffix that makes the model begin its answer as the attacker wants,
+with the same budget and seeds for every model. The loss says how near it came (its area over the steps how fast); whether
 the attack succeeded, the judges say. Suffixes are not kept."""
 
 
