@@ -31,6 +31,7 @@ $(READY): pyproject.toml
 	  echo "'$(PYTHON) -m venv' failed; on Debian or Ubuntu install the package python3-venv." >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps nanogcg==0.3.0  # asks for transformers 4
 	@touch $@
 
 demo: $(READY)

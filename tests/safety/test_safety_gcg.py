@@ -12,9 +12,10 @@ import torch
 from safety_bytes import byte_model, byte_tokenizer, wrapped
 
 from secateur.errors import InvalidParameter, LoadFailure, RunFailure, UsageError
-from secateur.safety.gcg import Budget, Goal, attack, compare_attacks, replay, with_suffix
+from secateur.safety.gcg import Budget, Goal, attack, compare_attacks
 from secateur.safety.judges import Judge
 from secateur.safety.records import Prompt, Verdict
+from secateur.safety.replay import replay, with_suffix
 
 SMALL = Budget(steps=4, width=12, topk=8, start="x x x", batch_size=5, threshold=3.0)
 GOALS = [Goal(Prompt(f"p{i}", "own", text, "benign"), "Sunny today") for i, text in enumerate(["the sky", "the sea"])]

@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.errors import UsageError
+from secateur.safety.comparing import holm as holm  # what several of these estimates need
+from secateur.safety.extra import need
 
 RESAMPLES = 10_000
 Z = NormalDist().inv_cdf(0.975)
@@ -111,27 +113,11 @@ def signed_rank(differences: Sequence[float], clusters: Sequence[str]) -> float:
     >>> signed_rank([0.0, 0.0], ["a", "b"])
     1.0
     """
-    from scipy.stats import wilcoxon
-
     sums, sizes = _per_cluster(differences, clusters, sorted(set(clusters)))
     means = sums / sizes
     if not means.any():
         return 1.0
-    return float(wilcoxon(means).pvalue)
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """p values corrected for being several (Holm 1979, Scandinavian Journal of Statistics 6:65).
-
-    >>> [round(each, 3) for each in holm([0.01, 0.04, 0.03])]
-    [0.03, 0.06, 0.06]
-    """
-    order = sorted(range(len(p)), key=lambda i: p[i])
-    corrected, largest = [0.0] * len(p), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
-        corrected[i] = largest
-    return corrected
+    return float(need("scipy.stats").wilcoxon(means).pvalue)
 
 
 def check_same(dense: Sequence[tuple[str, str]], pruned: Sequence[tuple[str, str]]) -> None:
@@ -166,9 +152,7 @@ def _draw(random: np.random.Generator, clusters: int, resamples: int) -> Array:
 def _percentiles(spread: Array, clusters: int) -> tuple[float | None, float | None]:
     if clusters < 2 or not len(spread):
         return None, None
-    from scipy.special import stdtrit
-
-    t = -float(stdtrit(clusters - 1, 0.025))
+    t = -float(need("scipy.special").stdtrit(clusters - 1, 0.025))
     tail = NormalDist().cdf(-math.sqrt(clusters / (clusters - 1)) * t)
     low, high = np.quantile(spread, [tail, 1 - tail])
     return float(low), float(high)

@@ -23,9 +23,9 @@ import gc
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -36,17 +36,17 @@ from secateur.evaluate.paired import mcnemar, newcombe
 from secateur.models.fetch import one_line, quiet
 from secateur.progress import Progress, silent
 from secateur.safety.clusters import Estimate, check_same, cluster_mean
-from secateur.safety.judges import Item, Judge
-from secateur.safety.rates import Rate, rate
-from secateur.safety.records import Prompt, Verdict
+from secateur.safety.judges import Judge
+from secateur.safety.rates import Rate
+from secateur.safety.records import Prompt
 from secateur.safety.rendered import as_text, check_prompts
+from secateur.safety.replay import Generate, with_suffix
+from secateur.safety.replay import replay as replay  # the other half of an attack, wanted with it
 from secateur.walk import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Generate = Callable[[Sequence[Prompt]], Sequence[str]]
-"""Prompts -> answers, in their order, as `[a.text for a in answer(model, tokenizer, prompts)]`."""
 PLACE = "{optim_str}"
 
 
@@ -153,20 +153,6 @@ class AttackResult:
 
 
 @dataclass(frozen=True)
-class Replayed:
-    """Answers to attacked requests, judged: by prompt id, in order, with the share that a judge finds answered."""
-
-    verdicts: tuple[tuple[str, Verdict], ...]
-    success: Rate
-    judge: str
-
-    def to_dict(self) -> dict[str, object]:
-        """Ready for JSON; labels only."""
-        verdicts = {name: verdict.label for name, verdict in self.verdicts}
-        return {"judge": self.judge, "success": asdict(self.success), "verdicts": verdicts}
-
-
-@dataclass(frozen=True)
 class AttackComparison:
     """Pruned minus dense. area: of the loss curves; reached: requests under the threshold, dense and pruned; success:
     the difference of shares with Newcombe's interval, p McNemar's; transfer: shares by "suffixes of -> tried on"."""
@@ -231,36 +217,6 @@ def attack(
     return AttackResult(tuple(rows), budget)
 
 
-def replay(
-    prompts: Sequence[Prompt], generate: Generate, judge: Judge, suffixes: Mapping[str, str] | None = None
-) -> Replayed:
-    """Answers to attacked prompts, without any search.
-
-    Args:
-        prompts: requests; ids must differ.
-        generate: the model.
-        judge: reads each request without its suffix, and the answer.
-        suffixes: by prompt id; None where the prompts hold their attack already.
-
-    Raises:
-        UsageError: no prompts, one without a suffix, or another number of answers than prompts.
-    """
-    check_prompts(prompts, "the replay")
-    missing = [prompt.id for prompt in prompts if suffixes is not None and prompt.id not in suffixes]
-    if missing:
-        raise UsageError(f"There is no suffix for prompt '{missing[0]}' ({len(missing)} of {len(prompts)} have none).")
-    asked = [with_suffix(prompt, suffixes[prompt.id]) for prompt in prompts] if suffixes is not None else list(prompts)
-    answers = list(generate(asked))
-    if len(answers) != len(asked):
-        raise UsageError(
-            f"The model gave {len(answers)} answers to {len(asked)} prompts: one each is needed, in order."
-        )
-    verdicts = judge.judge([Item(p.turns[-1][1], text, p.id) for p, text in zip(prompts, answers, strict=True)])
-    hits = [verdict.label == "compliance" for verdict in verdicts]
-    named = tuple((prompt.id, verdict) for prompt, verdict in zip(prompts, verdicts, strict=True))
-    return Replayed(named, rate(hits, [prompt.cluster for prompt in prompts]), judge.name)
-
-
 def compare_attacks(
     dense: AttackResult,
     pruned: AttackResult,
@@ -301,18 +257,6 @@ def compare_attacks(
         mcnemar(gained, lost),
         {name: run.success for name, run in runs.items()},
     )
-
-
-def with_suffix(prompt: Prompt, suffix: str) -> Prompt:
-    """The prompt with the suffix behind its last turn; the task stays where it was.
-
-    >>> with_suffix(Prompt("0", "mine", "How are you?", "benign"), "! !").text
-    'How are you? ! !'
-    """
-    turns = prompt.messages
-    if turns is not None:
-        turns = (*turns[:-1], (turns[-1][0], f"{turns[-1][1]} {suffix}"))
-    return replace(prompt, text=f"{prompt.text} {suffix}", messages=turns)
 
 
 class _Given:

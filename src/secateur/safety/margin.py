@@ -148,7 +148,7 @@ def margin(
     prompts: Sequence[Prompt],
     *,
     openings: Openings = OPENINGS,
-    batch_size: int = 16,
+    batch_size: int = 64,
     progress: Progress = silent,
 ) -> MarginResult:
     """The refusal margin of every prompt. Forward passes only; what the openings of a prompt share runs once.
