@@ -161,6 +161,29 @@ def test_a_model_that_never_refuses_gives_no_verdict(refuser, tmp_path):
     assert sum(each["tasks"] for each in summary["sets"]) == 8
 
 
+def test_an_attack_is_made_on_every_model_with_one_budget_and_leaves_no_suffix(refuser, tmp_path):
+    pytest.importorskip("nanogcg")
+    study = a_study(
+        refuser,
+        sparsities=(0.3,),
+        targets=("attention",),
+        measures=("answers",),
+        limit=4,
+        gcg=2,
+        gcg_width=8,
+        gcg_prompts=2,
+    )
+    summary = run_study(study, tmp_path / "out").summary
+    assert [(row["arm"], row["prompts"], row["steps"]) for row in summary["gcg"]] == [
+        ("dense", 2, 2), ("attention-0.3", 2, 2)
+    ]  # fmt: skip
+    for row in summary["gcg"]:
+        assert row["best_loss"] <= row["first_loss"] and set(row["success"]) == set(JUDGES)
+    assert "area_change" in summary["gcg"][1] and "area_change" not in summary["gcg"][0]
+    kept = (tmp_path / "out" / "dense" / "gcg.json").read_text()
+    assert "suffix_sha256" in kept and '"suffix"' not in kept
+
+
 def test_two_processes_find_what_one_does(done, refuser, tmp_path):
     """As torchrun would start them: by environment variables, with gloo between them."""
     with socket.socket() as free:
@@ -230,10 +253,5 @@ def test_arms_and_the_declared_one():
     assert study.arms == (Arm(), Arm("all", 0.1), Arm("all", 0.2)) and study.primary_arm == "all-0.2"
     with pytest.raises(UnknownName):
         Study(model="m", primary="dense")
-    assert summarise_refuses_a_stranger()
-
-
-def summarise_refuses_a_stranger():
     with pytest.raises(LoadFailure, match="no folder of a study"):
         summarise(Path(__file__).parent)
-    return True

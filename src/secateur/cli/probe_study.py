@@ -134,9 +134,9 @@ def report(words: list[str]) -> int:
 
     folder = Path(options.folder).expanduser().resolve()
     out = folder / PAGE if options.out is None else Path(options.out).expanduser().resolve()
+    summary = summarise(folder) | provenance(words, "probe report")
     if out.is_dir() or not out.parent.is_dir():
         raise UsageError(f"--out {options.out} must be a file in a folder that exists.")
-    summary = summarise(folder) | provenance(words, "probe report")
     texts = None
     if options.show_text:
         from secateur.probing.texts import texts_of

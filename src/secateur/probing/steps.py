@@ -22,12 +22,13 @@ from secateur.probing.options import Arm, Study
 from secateur.progress import Progress
 from secateur.safety import rows
 from secateur.safety.focus import FocusResult, focus
-from secateur.safety.gcg import Budget, Goal, attack, replay
+from secateur.safety.gcg import Budget, Goal, attack
 from secateur.safety.generate import answer
 from secateur.safety.judges import Judge
 from secateur.safety.margin import OPENINGS, margin, summarise
 from secateur.safety.prompts import read_prompts
 from secateur.safety.records import Answer, Prompt
+from secateur.safety.replay import replay
 from secateur.safety.shift import ShiftResult, shift
 
 if TYPE_CHECKING:
@@ -141,7 +142,10 @@ def _answers(work: Work) -> dict[str, Any]:
 
 
 def _margin(work: Work) -> dict[str, Any]:
-    found = margin(work.model, work.tokenizer, _mine(work), batch_size=work.study.batch_size, progress=work.progress)
+    def tell(done: int, total: int, what: str) -> None:
+        work.progress(done, total, "refusal margin")  # the scoring calls itself after tasks
+
+    found = margin(work.model, work.tokenizer, _mine(work), batch_size=work.study.batch_size, progress=tell)
     return summarise(parallel.gather(found.margins), OPENINGS.name).to_dict()
 
 
@@ -165,7 +169,10 @@ def _shift(work: Work) -> dict[str, Any]:
 def _gcg(work: Work) -> dict[str, Any]:
     """The attack, and what the judges say of the answers to the attacked prompts. Suffixes are not kept."""
     study, goals = work.study, goals_of(work.study, work.asked)
-    budget = Budget(steps=study.gcg, width=study.gcg_width, batch_size=study.batch_size, seed=study.seed)
+    words = work.model.get_input_embeddings().weight.shape[0]
+    budget = Budget(
+        steps=study.gcg, width=study.gcg_width, topk=min(256, words), batch_size=study.batch_size, seed=study.seed
+    )
     found = attack(work.model, work.tokenizer, goals, budget, progress=work.progress)
     answered: list[str] = []
 
