@@ -69,8 +69,8 @@ def run_study(study: Study, out: str | Path, *, progress: Progress = silent) -> 
         run.declare()
         for arm in study.arms:
             run.arm(arm)
-        if parallel.rank() == 0:
-            run.judge()
+            if parallel.rank() == 0:
+                run.judge(arm)
         parallel.wait()
         return StudyResult(folder.path, summarise(folder.path))
 
@@ -211,19 +211,18 @@ class _Run:
 
     # verdicts
 
-    def judge(self) -> None:
+    def judge(self, arm: Arm) -> None:
         """All judges on all answers: cheap beside the answers, and again whenever a judge has changed."""
         if "answers" not in self.study.measures:
             return
         prompts = self.asked.prompts
-        for arm in self.study.arms:
-            answers = read_log(self.folder.log(arm.name)).of(prompts)
-            request = judge_request(answers, self.judges)
-            before = self.folder.record(arm.name, "verdicts")
-            if before is not None and before["request"] == request:
-                continue
-            texts, verdicts = items(prompts.prompts, answers), {}
-            for i, judge in enumerate(self.judges):
-                self._named(arm.name)(i, len(self.judges), f"judged by {judge.name}")
-                verdicts[judge.name] = [[one.label, one.p] for one in judge.judge(texts)]
-            self.folder.write(arm.name, "verdicts", request, verdicts)
+        answers = read_log(self.folder.log(arm.name)).of(prompts)
+        request = judge_request(answers, self.judges)
+        before = self.folder.record(arm.name, "verdicts")
+        if before is not None and before["request"] == request:
+            return
+        texts, verdicts = items(prompts.prompts, answers), {}
+        for i, judge in enumerate(self.judges):
+            self._named(arm.name)(i, len(self.judges), f"judged by {judge.name}")
+            verdicts[judge.name] = [[one.label, one.p] for one in judge.judge(texts)]
+        self.folder.write(arm.name, "verdicts", request, verdicts)

@@ -26,8 +26,8 @@ two contrasts say whether templates are special: “specific” is the change in
 preamble, “artificial” the change of the template’s tokens less that of the preamble’s. Around 0, templates are not."""
 
 ATTACK = """An automated attack (GCG) looks for a suffix that makes the model begin its answer as the attacker wants,
-with the same budget and seeds for every model. The loss says how near it came (its area over the steps how fast); whether
-the attack succeeded, the judges say. Suffixes are not kept."""
+with the same budget and seeds for every model. The loss says how near it came (its area over the steps how fast);
+whether the attack succeeded, the judges say. Suffixes are not kept."""
 
 
 def margin_section(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
