@@ -6,7 +6,8 @@ XSTest: 2,250 completions of five models, labelled by people (refusal, full or p
 classifier is trained anew for every model (then for every family of models: two are the same model with a system
 prompt) and fifth of the prompts, so that it has seen neither the model nor the prompt it judges. JailbreakBench: 1,640
 responses of four models to five attacks, labelled by Llama-3-70B; there the classifier is the shipped one, which was
-trained on none of it, and "not refused" is held against "jailbroken". Writes results/judges.json; no text is printed or kept.
+trained on none of it, and "not refused" is held against "jailbroken". Writes results/judges.json; no text is printed or
+kept.
 """
 
 from __future__ import annotations
