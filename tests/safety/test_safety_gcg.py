@@ -41,8 +41,11 @@ def searched():
 def loss_of(model, tokenizer, goal, suffix):
     """Cross-entropy of the target behind the attacked request, in one plain pass."""
     text = f"<u>{goal.prompt.text} {suffix}\n<a>"
-    start = tokenizer(text, add_special_tokens=False)["input_ids"]
-    target = tokenizer(goal.target, add_special_tokens=False)["input_ids"]
+    return target_loss(model, tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"], goal.target)
+
+
+def target_loss(model, tokenizer, start, target):
+    target = tokenizer(target, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         logits = model(torch.tensor([start + target])).logits[0, len(start) - 1 : -1]
     return float(torch.nn.functional.cross_entropy(logits, torch.tensor(target)))
@@ -58,6 +61,18 @@ def test_the_search_lowers_the_true_loss(searched):
         assert row.area == pytest.approx(sum(lowest) / SMALL.steps)
         assert row.reached == next((i + 1 for i, loss in enumerate(row.losses) if loss < SMALL.threshold), None)
     assert searched.curve == sorted(searched.curve, reverse=True)
+
+
+def test_turns_that_begin_with_bos_keep_it():
+    """SmolLM2's template does; nanogcg by itself would delete them all and attack another prompt than is asked."""
+    pytest.importorskip("nanogcg")
+    template = "{% for m in messages %}<s>{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<s>a:{% endif %}"
+    model, tokenizer, goal = byte_model(), byte_tokenizer(template), GOALS[0]
+    row = attack(model, tokenizer, [goal], Budget(steps=1, width=4, topk=8, start="x x x")).rows[0]
+    ids = tokenizer(f"<s>u:{goal.prompt.text} {row.suffix}\n<s>a:", add_special_tokens=False)["input_ids"]
+    assert ids.count(tokenizer.bos_token_id) == 2
+    assert row.best == pytest.approx(target_loss(model, tokenizer, ids, goal.target), abs=1e-4)
 
 
 def test_a_seed_repeats_and_leaves_everything_as_it_was(searched, capsys):

@@ -149,13 +149,14 @@ def test_bad_input_is_one_line():
         compare_margins(one, summarise(rows([1], [0]), "b"))
 
 
-def test_intervals_of_clusters_hold_their_mean():
-    """Eight clusters of five prompts that share a part: plain standard errors would be half as wide."""
+@pytest.mark.parametrize("clusters", [3, 4, 8, 12])
+def test_intervals_of_clusters_hold_their_mean(clusters):
+    """Clusters of five prompts that share a part: plain standard errors would be half as wide."""
     random = np.random.default_rng(5)
-    names = [str(i) for i in range(8) for _ in range(5)]
+    names = [str(i) for i in range(clusters) for _ in range(5)]
     inside = 0
     for seed in range(400):
-        values = np.repeat(random.normal(0, 1, 8), 5) + random.normal(0, 0.3, 40)
+        values = np.repeat(random.normal(0, 1, clusters), 5) + random.normal(0, 0.3, 5 * clusters)
         found = cluster_mean(values, names, resamples=1000, seed=seed)
         inside += found.low <= 0 <= found.high
     assert 0.92 <= inside / 400 <= 0.98

@@ -21,6 +21,7 @@ from secateur.safety.comparing import holm as holm  # what several of these esti
 from secateur.safety.extra import need
 
 RESAMPLES = 10_000
+FEW = 10  # clusters
 Z = NormalDist().inv_cdf(0.975)
 Array = NDArray[np.float64]
 
@@ -62,7 +63,7 @@ def cluster_mean(
         clusters: what each prompt belongs to, as `Prompt.cluster`.
 
     >>> print(cluster_mean([1.0, 1.2, 0.8, 1.1, 0.9, 1.0], list("aabbcd")))
-    +1.000 [+0.900, +1.100]
+    +1.000 [+0.851, +1.149]
     >>> print(cluster_mean([1.0, 3.0], ["a", "a"]))
     +2.000 (one cluster: no interval)
     """
@@ -101,7 +102,7 @@ def cluster_contrast(
             means.append(sign * (drawn @ sums) / (drawn @ sizes))
         value += sign * float(sums.sum() / sizes.sum())
     spread = np.sum(means, axis=0)
-    low, high = _percentiles(spread[np.isfinite(spread)], min(len(known) for known in strata))
+    low, high = _interval(value, spread[np.isfinite(spread)], min(len(known) for known in strata))
     return Estimate(value, low, high, len(first) + len(second), len(together))
 
 
@@ -149,10 +150,14 @@ def _draw(random: np.random.Generator, clusters: int, resamples: int) -> Array:
     return random.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples).astype(np.float64)
 
 
-def _percentiles(spread: Array, clusters: int) -> tuple[float | None, float | None]:
+def _interval(value: float, spread: Array, clusters: int) -> tuple[float | None, float | None]:
     if clusters < 2 or not len(spread):
         return None, None
     t = -float(need("scipy.special").stdtrit(clusters - 1, 0.025))
-    tail = NormalDist().cdf(-math.sqrt(clusters / (clusters - 1)) * t)
+    wider = math.sqrt(clusters / (clusters - 1))
+    if clusters < FEW:
+        half = t * wider * float(spread.std())
+        return value - half, value + half
+    tail = NormalDist().cdf(-wider * t)
     low, high = np.quantile(spread, [tail, 1 - tail])
     return float(low), float(high)
