@@ -239,6 +239,9 @@ def flat(values):
         ({"answers_per_prompt": 3}, "temperature above 0"),
         ({"max_new_tokens": 0}, "at least 1"),
         ({"prompts": ("nowhere.jsonl",)}, "nowhere.jsonl"),
+        ({"calibration": "gutenbreg"}, "Did you mean 'gutenberg'"),
+        ({"text": "gutenbreg"}, "Did you mean 'gutenberg'"),
+        ({"gcg": 1, "gcg_goals": "nowhere.csv"}, "nowhere.csv"),
         ({"only": ("KEEPR",), "templates": ("builtin",)}, "no template 'KEEPR'"),
     ],
 )

@@ -13,7 +13,7 @@ from secateur.cli.options import parse
 from secateur.cli.output import STDOUT, check_json, plain, print_table, provenance, say, warn, write_json
 from secateur.cli.progress_bar import ProgressBar
 from secateur.cli.request import check_device, check_dtype
-from secateur.errors import UsageError
+from secateur.errors import UnknownName, UsageError
 from secateur.probing.options import Study
 
 PAGE, SUMMARY = "index.html", "summary.json"
@@ -170,6 +170,7 @@ def title_of(summary: Mapping[str, Any]) -> str:
 def _check(options: StudyOptions) -> Path:
     """Everything that can be known to be wrong before a model or a set is read."""
     from secateur.methods import find_methods
+    from secateur.parallel import rank
     from secateur.probing.folder import StudyFolder
     from secateur.probing.summary import STUDY
 
@@ -178,14 +179,14 @@ def _check(options: StudyOptions) -> Path:
     out = Path(options.out).expanduser().resolve()
     methods = find_methods()
     if options.method not in methods:
-        from secateur.errors import UnknownName
-
         raise UnknownName("method", options.method, methods)
     check_dtype(options.dtype)
     check_device(options.device)
     check_json(options.json, out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {options.out} is a file: name a folder.")
+    if rank() > 0:  # the first process has perhaps begun to write
+        return out
     begun = StudyFolder(out).file(STUDY, STUDY).exists()
     if begun and not options.resume:
         raise UsageError(f"{out} holds a study: go on with it with --resume, or name another folder.")

@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from secateur import parallel
 from secateur.data.calibration import calibration
+from secateur.data.instructions import read_source
 from secateur.errors import UsageError
 from secateur.evaluate import DensePredictions
+from secateur.evaluate.tasks import read_tasks
 from secateur.methods import make_method
 from secateur.models.load import load, resolve
 from secateur.probing.asked import Asked, ask_again
 from secateur.probing.folder import StudyFolder
 from secateur.probing.options import DENSE, Arm, Study
-from secateur.probing.steps import Step, Work, cut_of, judge_request, steps_of
+from secateur.probing.steps import Step, Work, cut_of, goals_of, judge_request, steps_of
 from secateur.probing.summary import STUDY, summarise
 from secateur.progress import Progress, silent
 from secateur.pruning import prune
@@ -106,6 +108,20 @@ class _Run:
         about = {key: value for key, value in asdict(self.source).items() if key != "description"}
         self.about = about | {"dtype": study.dtype}
         self.method = make_method(study.method)
+        if parallel.rank() == 0:
+            self._check_sources()
+
+    def _check_sources(self) -> None:
+        """What is needed late is looked for early: a name that is wrong should not be found out after hours."""
+        study = self.study
+        if self.method.reads:
+            read_source(study.calibration, "calibration", progress=self.progress)
+        if {"perplexity", "fidelity"} & set(study.measures):
+            read_source(study.text, "test", progress=self.progress)
+        if "tasks" in study.measures:
+            read_tasks(study.tasks, progress=self.progress)
+        if study.gcg:
+            goals_of(study, self.asked)
 
     def declare(self) -> None:
         """Write down what is asked for before it is run; the declared comparison cannot change afterwards."""
