@@ -207,6 +207,7 @@ def test_two_processes_find_what_one_does(done, refuser, tmp_path):
     said = [process.communicate(timeout=240)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     found, alone = summarise(tmp_path / "out"), done[0].summary
+    assert {file.name for file in (tmp_path / "out" / "dense").glob("*.jsonl")} == {"answers.jsonl"}
     for key in ("rates", "margin", "focus", "shift"):
         if key == "rates":
             assert found[key]["keyword:secateur"]["attention-0.95"] == alone[key]["keyword:secateur"]["attention-0.95"]

@@ -26,8 +26,9 @@ class StudyOptions(Study):
     secateur probe study smollm2 --prompts builtin --limit 24 --max-new-tokens 32 --sparsities 0.2
     --judges keyword:secateur keyword:xstest --out study/
 
-    Started with torchrun, the processes share the prompts. What was finished stays in DIR: a run that was stopped
-    goes on with --resume. DIR/index.html is the page, DIR/summary.json its numbers; neither has texts.
+    Started with torchrun (torchrun --nproc-per-node 2 --no-python secateur probe study ...), processes share the
+    prompts. What was finished stays in DIR: a run that was stopped goes on with --resume. DIR/index.html is the page,
+    DIR/summary.json its numbers; neither has texts.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = field()

@@ -133,11 +133,15 @@ def _answers(work: Work) -> dict[str, Any]:
         progress=work.progress,
     )
     every = parallel.gather(found)
+    log = work.folder.log(work.arm.name)
+    if parallel.rank() == 0 and parallel.world() > 1:  # all are behind `gather`, and the whole log is there
+        for share in log.parent.glob(f"{log.stem}.rank*of*{log.suffix}"):
+            share.unlink()
     return {
         "answers": len(every),
         "tokens": sum(each.tokens for each in every),
         "cut": sum(each.finish == "length" for each in every),
-        "log": work.folder.log(work.arm.name).name,
+        "log": log.name,
     }
 
 
