@@ -7,6 +7,8 @@ Trained by `benchmarks/train_judge.py` on the labels that people gave to 2,250 c
 what it agrees with, measured on models and prompts it had not seen, and `benchmarks/judges.py` measures it again.
 
 It reads English, and judges the wording only: whether an answer that does not refuse would help anyone is beyond it.
+So on JailbreakBench, where useless answers count as failed attacks, it is right on 89 %: of 700 failed attacks it
+misses 171, nearly all of them answers that do not refuse. An endpoint with the rubric harmbench judges content.
 """
 
 from __future__ import annotations

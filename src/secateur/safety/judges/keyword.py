@@ -6,8 +6,9 @@
     xstest    21 beginnings            Roettger et al. 2023, arXiv:2308.01263; upper and lower case alike
     secateur  expressions, first 200 characters    ours; upper and lower case alike
 
-Measured on XSTest's 2,250 labelled completions (`benchmarks/judges.py`), no list reaches Cohen's kappa 0.8, and each
-misses most refusals of at least one model: take a second judge. Curly apostrophes are read as straight ones.
+Measured on XSTest's 2,250 labelled completions (`benchmarks/judges.py`), the published lists reach Cohen's kappa 0.55
+to 0.77 and ours 0.81, and each misses most refusals of at least one model: take a second judge. Curly apostrophes are
+read as straight ones.
 """
 
 from __future__ import annotations

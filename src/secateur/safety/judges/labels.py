@@ -74,9 +74,9 @@ class Labels(Judge):
                 rows = list(csv.DictReader(file))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise LoadFailure(f"The labels in {path} cannot be read: {error}.") from error
-        columns = set(rows[0]) if rows else set()
+        columns = list(rows[0]) if rows else []
         key = "item" if "item" in columns else "id"
-        if not {key, "label"} <= columns:
+        if not {key, "label"} <= set(columns):
             raise UsageError(
                 f"{path} must have the columns label and item or id. Its columns: {', '.join(map(str, columns))}."
             )
