@@ -1,8 +1,9 @@
-# make demo | test | test-slow | check | bench | fmt | clean       each installs what it needs into .venv first
+# make demo | demo-safety | test | test-slow | check | bench | fmt | clean       each installs what it needs into .venv first
 #
 #   make PYTHON=python3.12 ...      another interpreter, 3.11 or newer
 #   make TORCH=torch ...            another build of PyTorch: any arguments of pip install, in quotes
 #   make demo DEMO='--windows 4'    options of the demo; python examples/demo.py --help lists them
+#   make demo-safety DEMO='--limit 24'   likewise; python examples/safety_demo.py --help
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -15,7 +16,7 @@ LONGEST := 400
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check bench fmt clean
+.PHONY: help demo demo-safety test test-slow check bench fmt clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -35,6 +36,9 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py $(DEMO)
+
+demo-safety: $(READY)
+	$(BIN)/python examples/safety_demo.py $(DEMO)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
@@ -59,5 +63,5 @@ fmt: $(READY)
 	$(BIN)/ruff check --fix $(CODE)
 
 clean:
-	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) build dist demo demo-safety .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -28,6 +28,7 @@ VERBS = {  # verb: (module of this folder, one line)
     "recover": ("recover", "train a pruned model back, keeping its zeros"),
     "evaluate": ("evaluate", "perplexity, fidelity to the dense model, tasks, sparsity"),
     "compare": ("compare", "which text to calibrate with: several, all else equal"),
+    "probe": ("probe", "refusals and what moves them, before and after pruning"),
     "list": ("listing", "methods, refinements, patterns, allocations, texts, tasks and models"),
 }
 
