@@ -17,6 +17,7 @@ import gc
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
