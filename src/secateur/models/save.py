@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from ..errors import OutputExists, SaveFailure, SecateurError
+from .builtin import BUILT_IN
 from .cache import scratch_beside, sync
-from .fetch import one_line
-from .load import BUILT_IN, quiet_transformers
+from .fetch import one_line, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
