@@ -1,0 +1,365 @@
+"""From observed attention to masks: which blocks a site keeps, at a sparsity.
+
+    score(tile)        mean attention per pair that may meet in it, over all queries and sequences
+    score(distance)    the same over all tiles r - c = d, the sinks' columns left out
+    drop               the lowest of a pool, until round(tiles x sparsity) of its tiles that may meet are gone
+
+The diagonal, the sinks and the local band stay whatever their score, within the count. What no sequence reached stays.
+
+Source: Rugina et al. 2020, arXiv:2012.02030: the mean attention of a data set, cut at a percentile. `population`
+"paper" is its percentile, over pairs that can never meet as well: of a causal square the first 50 % of p cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.attention.observation import Observation, SiteObservation
+from secateur.attention.plan import Plan
+from secateur.attention.selection import above_percentile, drop_lowest
+from secateur.attention.site_mask import SiteMask
+from secateur.attention.sites import Site
+from secateur.attention.tiles import sum_tiles
+from secateur.errors import InvalidParameter, UnknownName, UsageError
+from secateur.masks import check_sparsity, drop_count
+
+KINDS = ("toeplitz", "hybrid", "absolute")
+POOLS = ("head", "kv_group", "layer", "stack", "model")
+POPULATIONS = ("possible", "paper")
+RULES = ("mass", "any")
+FAMILIES = ("encoder-self", "decoder-self", "decoder-cross")
+_SHORT = {"cross": "decoder-cross"}
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How observed attention becomes masks.
+
+    >>> Masking(0.5).pool
+    'layer'
+    >>> Masking(0.5, kind="toplitz")
+    Traceback (most recent call last):
+    secateur.errors.UnknownName: There is no kind of attention mask 'toplitz'. Did you mean 'toeplitz'? ...
+    """
+
+    sparsity: float
+    """Share of a pool's blocks that may meet to drop; with population paper the percentile; in [0, 1)."""
+    kind: str = "toeplitz"
+    """toeplitz: distances of blocks. absolute: single blocks, which end with the observed length. hybrid: single blocks
+    in the first rows, distances behind them."""
+    cross: str = "absolute"
+    """The kind of cross-attention, where a distance means less. It extends along the diagonal behind its last row."""
+    pool: str = "layer"
+    """What shares one threshold: a head, kv_group, layer (one attention module), stack (all modules of one kind:
+    encoder-self, decoder-self, decoder-cross), or model."""
+    population: str = "possible"
+    """possible: exact counts of what may meet. paper: the percentile over all pairs, those that may not meet too."""
+    rule: str = "mass"
+    """mass: a block's mean. any: a block stays if one of its entries does; needs entries."""
+    block: int | None = None
+    """Tokens on a side of a block; a multiple of the observation's, by default that (64 with rule any)."""
+    sinks: int = 1
+    """Leading key blocks that every query keeps."""
+    band: int | None = None
+    """Blocks up to the diagonal that stay (and behind it in an encoder), by default 2, with absolute 1."""
+    rows: int | None = None
+    """hybrid: how many block rows are single blocks, by default a quarter of those observed."""
+    sites: tuple[str, ...] = FAMILIES
+    """Which attention is masked: encoder-self, decoder-self, cross; the rest stays dense."""
+    share: str = "head"
+    """Who has a mask of its own: every head, or a kv_group, whose heads then read the same keys."""
+    extend: str = "refuse"
+    """What an absolute mask of self-attention does behind the observed length: refuse, or go on along the diagonal."""
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity, "attention masks")
+        words: str | tuple[str, ...] = self.sites
+        chosen = tuple(_SHORT.get(word, word) for word in ((words,) if isinstance(words, str) else words))
+        object.__setattr__(self, "sites", chosen)
+        for kind, value, known in (
+            ("kind of attention mask", self.kind, KINDS), ("kind of attention mask", self.cross, KINDS),
+            ("pool", self.pool, POOLS), ("population", self.population, POPULATIONS), ("block rule", self.rule, RULES),
+            ("value of share", self.share, ("head", "kv_group")), ("value of extend", self.extend, ("refuse", "diagonal")),
+            *(("kind of attention", word, FAMILIES) for word in chosen),
+        ):  # fmt: skip
+            if value not in known:
+                raise UnknownName(kind, str(value), known)
+        for name, least in (("block", 1), ("sinks", 0), ("band", 1), ("rows", 1)):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            if not whole and not (value is None and name != "sinks"):
+                raise InvalidParameter(name, "attention masks", f"a whole number >= {least}", value)
+        used = {self.cross if word == "decoder-cross" else self.kind for word in chosen}
+        for name, value in (("population", self.population), ("rule", self.rule)):
+            if value in ("paper", "any") and used != {"absolute"}:
+                raise UsageError(f"The {name} '{value}' is defined for masks of kind absolute: ask for --kind absolute.")
+        if self.share == "kv_group" and self.pool == "head":
+            raise UsageError("Heads that share a mask cannot have a pool each: take --pool kv_group, or layer.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options, ready for JSON."""
+        return asdict(self) | {"sites": list(self.sites)}
+
+
+def make_plan(
+    observation: Observation, sparsity: float | Masking, *, length: int | None = None, **options: Any
+) -> Plan:
+    """Masks for the observed model.
+
+    Args:
+        observation: from `observe` or `load_observation`.
+        sparsity: share of blocks to drop; or a `Masking`, which holds it with all options.
+        length: the observed length to take, by default the longest.
+        options: fields of `Masking`.
+
+    Returns:
+        A plan for `attached`; its record says how it was made.
+
+    Raises:
+        InvalidParameter: a sparsity outside [0, 1), sizes out of range, a block that is no multiple of the observed.
+        UnknownName: no such kind, pool, population, rule, or kind of attention.
+        UsageError: an empty observation, entries that were not observed, nothing to mask.
+        NumericalFailure: a score is not finite.
+
+    >>> import transformers
+    >>> from secateur.attention.observe import observe
+    >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=9, hidden_size=8,
+    ...     intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
+    >>> seen = observe(model, torch.randint(9, (3, 16)), block=2)
+    >>> plan = make_plan(seen, 0.5, kind="absolute")
+    >>> [int(mask.layout(16, 16).keep.sum()) for mask in plan.sites.values()]
+    [36]
+    """
+    masking = sparsity if isinstance(sparsity, Masking) else Masking(sparsity, **options)
+    chosen = max(observation.lengths, default=None) if length is None else length
+    seen = {name: site for name, site in observation.at(length).items() if site.family in masking.sites}
+    if not seen:
+        there = sorted({site.family for site in observation.at(length).values()})
+        raise UsageError(f"The observation has no {' or '.join(masking.sites)} attention, only {', '.join(there)}.")
+    block = _block(observation, masking)
+    found = [_candidates(site, observation.block, block, masking) for site in seen.values()]
+    pools: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+    for number, one in enumerate(found):
+        for head in range(len(one.score)):
+            pools.setdefault(_pool(one, head, masking.pool), []).append((number, head))
+    for members in pools.values():
+        _select(found, members, masking)
+    masks = {one.site.name: one.mask() for one in found}
+    record = {
+        "masking": masking.to_dict(), "length": chosen, "block": block, "observed_block": observation.block,
+        "observed": {name: site.sequences for name, site in seen.items()}, "text": dict(observation.text),
+        "versions": dict(observation.versions),
+    }  # fmt: skip
+    model = observation.model
+    sites = tuple(Site(**site) for site in model["sites"])
+    return Plan(str(model["model_type"]), str(model["architecture"]), sites, masks, record)
+
+
+@dataclass(eq=False)
+class Candidates:
+    """What may go at one site. A row is a head, or a group of heads with one mask.
+
+    score: (rows, n). weight: (n,) tiles of each. forced: (n,) bool. total: tiles of one row, forced ones that are no
+    candidate too. impossible: pairs or tiles of one row that may never meet. keep: (rows, n), set by the selection.
+    """
+
+    site: SiteObservation
+    score: Tensor
+    weight: Tensor
+    forced: Tensor
+    total: int
+    impossible: int
+    build: Callable[[Tensor], SiteMask]
+    keep: Tensor
+
+    def mask(self) -> SiteMask:
+        """The mask of what was kept."""
+        return self.build(self.keep.repeat_interleave(self.site.heads // len(self.keep), 0))
+
+
+def _pool(one: Candidates, row: int, pool: str) -> tuple[str, ...]:
+    if pool == "model":
+        return ()
+    if pool == "stack":
+        return (one.site.family,)
+    if pool == "layer":
+        return (one.site.name,)
+    groups = one.site.kv_heads if pool == "kv_group" else one.site.heads
+    return (one.site.name, str(row * groups // len(one.score)))
+
+
+def _select(found: Sequence[Candidates], members: Sequence[tuple[int, int]], masking: Masking) -> None:
+    score = torch.cat([found[number].score[row] for number, row in members])
+    sizes = [found[number].score.shape[1] for number, _ in members]
+    if masking.population == "paper":
+        keep = above_percentile(score, sum(found[number].impossible for number, _ in members), masking.sparsity)
+    else:
+        heads = [found[number].site.heads // len(found[number].score) for number, _ in members]
+        weight = torch.cat([found[n].weight * many for (n, _), many in zip(members, heads, strict=True)])
+        forced = torch.cat([found[number].forced for number, _ in members])
+        total = sum(found[number].total * many for (number, _), many in zip(members, heads, strict=True))
+        keep = drop_lowest(score, weight, forced, drop_count(total, masking.sparsity))
+    for (number, row), part in zip(members, keep.split(sizes), strict=True):
+        found[number].keep[row] = part
+
+
+def _block(observation: Observation, masking: Masking) -> int:
+    if masking.rule == "any" and observation.block != 1:
+        raise UsageError(
+            f"The rule 'any' asks for single entries, and the observation has blocks of {observation.block}: observe "
+            "with entries, or take the rule 'mass'."
+        )
+    block = masking.block or (64 if masking.rule == "any" else observation.block)
+    if block % observation.block:
+        allowed = f"a multiple of the {observation.block} tokens that were observed"
+        raise InvalidParameter("block", "attention masks", allowed, block)
+    return block
+
+
+def _candidates(site: SiteObservation, observed: int, block: int, masking: Masking) -> Candidates:
+    kind = masking.cross if site.family == "decoder-cross" else masking.kind
+    factor = block // observed
+    groups = site.kv_heads if masking.share == "kv_group" else site.heads
+    grid = _Grid.of(site, 1 if masking.rule == "any" else factor, groups)
+    if masking.rule == "any":
+        return _entries(site, grid, block, factor, masking)
+    if kind == "absolute":
+        return _absolute(site, grid, block, masking)
+    count = 0
+    if kind == "hybrid":
+        rows = grid.possible.shape[0]
+        count = min(rows, masking.rows or max(1, rows // 4))
+    return _by_distance(site, grid, block, masking, count)
+
+
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """mass: (groups, rows, columns), of a whole group; count, area: (rows, columns)."""
+
+    mass: Tensor
+    count: Tensor
+    area: Tensor
+
+    @classmethod
+    def of(cls, site: SiteObservation, factor: int, groups: int) -> _Grid:
+        mass = site.mass.double().view(groups, -1, *site.count.shape).mean(1)
+        return cls(sum_tiles(mass, factor), sum_tiles(site.count, factor), sum_tiles(site.area, factor))
+
+    @property
+    def possible(self) -> Tensor:
+        return self.count > 0
+
+    @property
+    def score(self) -> Tensor:
+        return self.mass / self.count.clamp(min=1)
+
+    def distances(self) -> Tensor:
+        rows, columns = self.count.shape
+        device = self.count.device
+        return torch.arange(rows, device=device)[:, None] - torch.arange(columns, device=device)
+
+
+def _always(site: SiteObservation, grid: _Grid, sinks: int, band: int) -> Tensor:
+    """Bool (rows, columns): sinks and band; in cross-attention the first column, which every query has."""
+    column = torch.arange(grid.count.shape[1], device=grid.count.device)
+    cross = site.family == "decoder-cross"
+    sink = (column < (max(1, sinks) if cross else sinks)).expand_as(grid.count)
+    return sink if cross else sink | (grid.distances().abs() < band)
+
+
+def _sinks(site: SiteObservation, sinks: int) -> Tensor | None:
+    return torch.ones(site.heads, sinks, dtype=torch.bool) if sinks else None
+
+
+def _absolute(site: SiteObservation, grid: _Grid, block: int, masking: Masking) -> Candidates:
+    forced = _always(site, grid, masking.sinks, masking.band or 1)
+    place = grid.possible
+
+    def build(keep: Tensor) -> SiteMask:
+        rows = (grid.area == 0).expand(site.heads, -1, -1).clone()
+        rows[:, place] = keep
+        return _mask(site, block, masking, rows | (forced & place))
+
+    score = grid.score[:, place]
+    number = score.shape[1]
+    return Candidates(
+        site, score, torch.ones(number, dtype=torch.long), forced[place], number, place.numel() - number, build,
+        torch.ones_like(score, dtype=torch.bool),
+    )  # fmt: skip
+
+
+def _entries(site: SiteObservation, grid: _Grid, block: int, factor: int, masking: Masking) -> Candidates:
+    """Rule any: entries are chosen, and a block stays if one of them does."""
+    place = grid.possible
+    coarse = _Grid(sum_tiles(grid.mass, factor), sum_tiles(grid.count, factor), sum_tiles(grid.area, factor))
+    forced = _always(site, coarse, masking.sinks, masking.band or 1) & coarse.possible
+
+    def build(keep: Tensor) -> SiteMask:
+        entries = torch.zeros(site.heads, *place.shape, dtype=torch.float32)
+        entries[:, place] = keep.float()
+        return _mask(site, block, masking, (sum_tiles(entries, factor) > 0) | forced | (coarse.area == 0))
+
+    score = grid.score[:, place]
+    number = score.shape[1]
+    none = torch.zeros(number, dtype=torch.bool)
+    return Candidates(
+        site, score, torch.ones(number, dtype=torch.long), none, number, place.numel() - number, build,
+        torch.ones_like(score, dtype=torch.bool),
+    )  # fmt: skip
+
+
+def _by_distance(site: SiteObservation, grid: _Grid, block: int, masking: Masking, count: int) -> Candidates:
+    """Distances of all rows from `count` on, and the single tiles of the rows before."""
+    band = masking.band or 2
+    forced = _always(site, grid, masking.sinks, band)
+    first = torch.arange(len(grid.count)) < count
+    single = grid.possible & first[:, None]
+    column = torch.arange(grid.count.shape[1])
+    sinks = max(1, masking.sinks) if site.family == "decoder-cross" else masking.sinks
+    ruled = grid.possible & ~first[:, None] & (column >= sinks)  # tiles that a distance decides
+    distance = grid.distances()
+    lowest = 0 if site.causal else int(distance.min())
+    number = int(distance.max()) - lowest + 1
+    index = (distance - lowest).clamp(min=0)
+
+    def along(values: Tensor) -> Tensor:
+        flat = torch.where(ruled, values, 0).flatten(-2)
+        return flat.new_zeros(*flat.shape[:-1], number).index_add_(-1, index.flatten(), flat)
+
+    weight = along(ruled.long())
+    there = weight > 0
+    score = along(grid.mass) / along(grid.count).clamp(min=1)
+    far = (torch.arange(number) + lowest).abs()
+    local = (far < band) & (site.family != "decoder-cross")
+
+    def build(keep: Tensor) -> SiteMask:
+        tiles = int(single.sum())
+        offsets = local.expand(site.heads, -1).clone()
+        offsets[:, there] |= keep[:, tiles:]
+        if not count:
+            return _mask(site, block, masking, None, offsets, lowest)
+        rows = ((grid.area == 0) | (forced & grid.possible)).expand(site.heads, -1, -1).clone()
+        rows[:, single] |= keep[:, :tiles]
+        return _mask(site, block, masking, rows[:, :count], offsets, lowest)
+
+    candidates = torch.cat([grid.score[:, single], score[:, there]], 1)
+    return Candidates(
+        site, candidates, torch.cat([torch.ones(int(single.sum()), dtype=torch.long), weight[there]]),
+        torch.cat([forced[single], local[there]]), int(grid.possible.sum()),
+        int((~grid.possible).sum()), build, torch.ones_like(candidates, dtype=torch.bool),
+    )  # fmt: skip
+
+
+def _mask(
+    site: SiteObservation, block: int, masking: Masking, rows: Tensor | None, offsets: Tensor | None = None, lowest: int = 0
+) -> SiteMask:
+    cross = site.family == "decoder-cross"
+    kind: Any = "absolute" if offsets is None else "toeplitz" if rows is None else "hybrid"
+    extend: Any = "diagonal" if cross and kind == "absolute" else masking.extend
+    sinks = _sinks(site, masking.sinks)
+    return SiteMask(kind, block, site.causal, rows, offsets, sinks, lowest, cross, extend)
