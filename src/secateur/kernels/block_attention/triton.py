@@ -36,8 +36,8 @@ class Tile(NamedTuple):
         return {"BM": self.queries, "BN": self.keys, "PACK": self.pack}
 
     @property
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 def padded(head_size: int) -> int:
@@ -189,7 +189,7 @@ class _Call:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         merge_kernel[(self.batch * self.heads,)](
             acc, highest, total, out, parts,
-            PARTS=triton.next_power_of_2(parts), D=self.size, DPAD=padded(self.size), num_warps=4,
+            PARTS=triton.next_power_of_2(parts), D=self.size, DPAD=padded(self.size), enable_fp_fusion=True,
         )  # fmt: skip
         return out
 

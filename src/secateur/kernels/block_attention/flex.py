@@ -1,0 +1,123 @@
+"""PyTorch's FlexAttention on our lists: CUDA, and on CPUs inference only, where it must be compiled.
+
+The block mask is built from the layout itself, never by `create_block_mask`, which evaluates every entry. One compiled
+graph serves all layers of a model, because the function that masks inside a block is the same object every time.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import weakref
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from secateur.errors import UsageError
+from secateur.kernels.block_attention.layout import BlockLayout
+
+SHAPES = 256  # for which the one function may be compiled
+
+
+class CannotCompile(UsageError):
+    """FlexAttention could not be compiled on this machine."""
+
+
+def cannot_compile() -> str | None:
+    """Why FlexAttention cannot be compiled for this machine's CPU, or None."""
+    if sys.platform == "darwin" or not torch.cpu._is_avx2_supported():
+        return "FlexAttention is compiled for x86 processors with AVX2 on Linux and Windows only"
+    compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
+    if shutil.which(compiler) is None:
+        return f"FlexAttention on a CPU needs a C++ compiler, and there is no {compiler}: install one, or set CXX"
+    return None
+
+
+def odd_tail(layout: BlockLayout) -> bool:
+    """Whether a causal layout has queries past a ragged end of the keys: nothing that our mask function can say."""
+    last_row = (layout.offset + layout.queries - 1) // layout.block
+    return layout.causal and layout.keys % layout.block != 0 and last_row > layout.keys // layout.block
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float) -> Tensor:
+    """Attention (B, Hq, Q, D) by FlexAttention.
+
+    Raises:
+        CannotCompile: the compiler did not manage.
+    """
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))):
+        query, key, value = query.detach(), key.detach(), value.detach()  # on a CPU a leaf that wants one is refused
+    ahead = layout.offset % layout.block  # FlexAttention counts blocks from the first query
+    query = functional.pad(query, (0, 0, ahead, 0)) if ahead else query
+    options = None
+    if query.device.type == "cuda" and layout.block < 128:
+        options = {"BLOCK_M": layout.block, "BLOCK_N": min(layout.block, 64)}
+    limits = torch._dynamo.config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=8 * SHAPES)
+    try:
+        with limits:
+            out: Tensor = _attention()(
+                query,
+                key,
+                value,
+                block_mask=block_mask(layout, query.device),
+                scale=scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+                kernel_options=options,
+            )
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CannotCompile(f"FlexAttention could not be compiled: {reason} Use the backend 'gather'.") from error
+    return out[:, :, ahead:]
+
+
+@lru_cache(maxsize=1)
+def _attention() -> Callable[..., Any]:
+    import torch._dynamo
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+@lru_cache(maxsize=None)
+def _mask(block: int, causal: bool) -> Callable[..., Tensor]:
+    """What is allowed inside a block that is not full. Causality cuts blocks on the diagonal only; ragged ends are
+    FlexAttention's own care. So no positions come in, and one function does for all lengths and offsets."""
+
+    def on_diagonal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query % block >= key % block
+
+    def everywhere(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query >= 0
+
+    return on_diagonal if causal else everywhere
+
+
+_masks: weakref.WeakKeyDictionary[BlockLayout, dict[torch.device, Any]] = weakref.WeakKeyDictionary()
+
+
+def block_mask(layout: BlockLayout, device: torch.device) -> Any:
+    """The layout as a `BlockMask`, made once per device."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    per_device = _masks.setdefault(layout, {})
+    if device not in per_device:
+        keep, full = (layout.keep & layout.possible()).to(device), layout.full().to(device)
+        per_device[device] = BlockMask.from_kv_blocks(
+            *_listed(keep & ~full),
+            *_listed(keep & full),  # of the same shapes and strides: the CPU kernel uses one's strides for both
+            BLOCK_SIZE=layout.block,
+            mask_mod=_mask(layout.block, layout.causal),
+            seq_lengths=(layout.queries + layout.offset % layout.block, layout.keys),
+        )
+    return per_device[device]
+
+
+def _listed(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks each row has, (1, heads, rows), and which, (1, heads, rows, columns), the rest behind them."""
+    indices = keep.byte().argsort(dim=-1, descending=True, stable=True)
+    return keep.sum(-1).int()[None], indices.int()[None].contiguous()
