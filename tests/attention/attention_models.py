@@ -130,7 +130,9 @@ def masked_plainly(model, plan):
 def _with(mask, heads):
     def extend(module, args, kwargs):
         hidden = args[0] if args else kwargs["hidden_states"]
-        other = next((kwargs[n] for n in ("key_value_states", "encoder_hidden_states") if kwargs.get(n) is not None), None)
+        other = next(
+            (kwargs[n] for n in ("key_value_states", "encoder_hidden_states") if kwargs.get(n) is not None), None
+        )
         length = (hidden if other is None else other).shape[1]
         cut = torch.zeros(heads, hidden.shape[1], length)
         cut.masked_fill_(~pairs(mask, heads, hidden.shape[1], length), torch.finfo(torch.float32).min)

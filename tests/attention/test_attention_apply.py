@@ -90,7 +90,9 @@ def test_padding_on_the_left_moves_the_mask_with_the_text(family, kind):
     assert any("left" in reason for reason in said.reasons) or family in ("mistral", "gemma3")
 
 
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 5}, {"num_beams": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 5}, {"num_beams": 2}]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_generate_equals_decoding_without_a_cache(kind, options):
     model, tokens = attention_model("llama"), ids(2, 13)
@@ -124,9 +126,7 @@ def test_cross_attention_knows_where_the_decoder_is(family, kind):
         for length in (5, 1, 1, 6, 1):
             step = given["decoder_input_ids"][:, at : at + length]
             parts.append(
-                model(
-                    encoder_outputs=source, attention_mask=real, decoder_input_ids=step, cache=memory
-                ).logits
+                model(encoder_outputs=source, attention_mask=real, decoder_input_ids=step, cache=memory).logits
             )
             at += length
         torch.testing.assert_close(torch.cat(parts, 1), whole, **CLOSE)

@@ -119,9 +119,7 @@ class SiteMask:
             kept = kept | torch.where(reached, known, beyond)
         return kept & (column <= row) if self.causal else kept
 
-    def layout(
-        self, queries: int, keys: int, offset: int = 0, device: torch.device | str | None = None
-    ) -> BlockLayout:
+    def layout(self, queries: int, keys: int, offset: int = 0, device: torch.device | str | None = None) -> BlockLayout:
         """The blocks of a stretch of queries, for the kernels.
 
         Args:
