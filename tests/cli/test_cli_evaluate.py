@@ -186,3 +186,10 @@ def test_generation_is_measured_when_asked(evaluate, dense, monkeypatch):
     assert "The capital of France is" in shown and "dense" in shown and "perplexity" not in shown
     same = evaluate("--measures", "generation", "--against", dense, model=dense).out
     assert "4 of 4 prompts continued alike" in same and "(the same)" in same
+
+
+def test_a_dtype_that_the_processor_only_imitates_is_said(evaluate, dense, monkeypatch):
+    monkeypatch.setattr("secateur.models.processor.imitates", lambda dtype, device: True)
+    ran = evaluate("--measures", "sparsity", model=dense)
+    assert ran.code == 0
+    assert "secateur: warning: this processor has no float32 arithmetic" in ran.err

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from secateur.cli.options import choose
-from secateur.cli.output import say
+from secateur.cli.output import say, warn
 from secateur.errors import InvalidParameter, UsageError
 from secateur.progress import Progress
 
@@ -88,8 +88,12 @@ def open_model(
 ) -> Opened:
     """Find and load a model, and tell the person where its weights came from."""
     from secateur.models.load import load, resolve
+    from secateur.models.processor import imitates
 
     source = resolve(name, revision=revision, progress=progress)
     say(f"{name}: {source.description}")
     model, tokenizer = load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress)
+    if imitates(model.dtype, model.device):
+        kind = str(model.dtype).removeprefix("torch.")
+        warn(f"this processor has no {kind} arithmetic and imitates it, many times slower: try --dtype float32.")
     return Opened(model, tokenizer, source, name)
