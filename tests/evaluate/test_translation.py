@@ -11,8 +11,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, MarianConfig, MarianMTModel, PreTrainedTokenizerFast
 
-from secateur.errors import InvalidParameter, LoadFailure, TextTooShort, UsageError
-from secateur.evaluate.translation import Pairs, read_pairs, score_translations, translate
+from secateur.data.pairs import Pairs, read_pairs
+from secateur.errors import InvalidParameter, UsageError
+from secateur.evaluate.translation import score_translations, translate
 
 sacrebleu = pytest.importorskip("sacrebleu")
 
@@ -112,25 +113,6 @@ def test_what_cannot_be_scored() -> None:
         score_translations(OURS[1:], PAIRS)
     with pytest.raises(InvalidParameter, match="samples"):
         score_translations(OURS, PAIRS, samples=10)
-
-
-def test_pairs_from_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "pairs.jsonl"
-    rows = [{"zh": f"句{i}", "en": f"sentence {i}"} for i in range(9)]
-    path.write_text("\n".join(map(json.dumps, [*rows, {"zh": "句0", "en": "another"}])) + "\n\n", encoding="utf-8")
-    pairs = read_pairs(path)
-    assert len(pairs) == 9 and pairs.references[0] == "sentence 0" and pairs.name == "pairs.jsonl zh-en"
-    some = read_pairs(path, limit=4, seed=1)
-    assert len(some) == 4 and some == read_pairs(path, limit=4, seed=1) != read_pairs(path, limit=4, seed=2)
-    assert {*zip(some.sources, some.references, strict=True)} < {*zip(pairs.sources, pairs.references, strict=True)}
-    assert read_pairs(path, source="en", target="zh").references[8] == "句8"
-    assert pairs[:2].sources == ("句0", "句1") and pairs[:2].sha256 != pairs.sha256
-    with pytest.raises(TextTooShort, match="9 different pairs"):
-        read_pairs(path, limit=10)
-    with pytest.raises(LoadFailure, match="line 1: it has no texts 'de' and 'en'"):
-        read_pairs(path, source="de")
-    with pytest.raises(LoadFailure, match="cannot be read"):
-        read_pairs(tmp_path / "none.jsonl")
 
 
 @pytest.mark.real

@@ -11,7 +11,7 @@ from secateur.evaluate.perplexity import Perplexity, perplexity
 from secateur.evaluate.sparsity import LayerSparsity, Sparsity, sparsity
 from secateur.evaluate.tasks import TaskResult, TaskResults, tasks
 from secateur.evaluate.tokens import DensePredictions
-from secateur.evaluate.translation import Pairs, TranslationScores, read_pairs, score_translations, translate
+from secateur.evaluate.translation import TranslationScores, score_translations, translate
 
 __all__ = [
     "Continuations",
@@ -21,7 +21,6 @@ __all__ = [
     "Generation",
     "LayerError",
     "LayerSparsity",
-    "Pairs",
     "Perplexity",
     "Sparsity",
     "TaskComparison",
@@ -38,7 +37,6 @@ __all__ = [
     "layer_errors",
     "measure",
     "perplexity",
-    "read_pairs",
     "score_translations",
     "sparsity",
     "tasks",

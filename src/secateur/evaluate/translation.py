@@ -9,17 +9,15 @@ how often a difference as large comes by chance when the samples' differences ar
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from secateur.errors import InvalidParameter, LoadFailure, TextTooShort, UsageError
+from secateur.data.pairs import Pairs
+from secateur.errors import InvalidParameter, UsageError
 from secateur.models.fetch import quiet
 from secateur.progress import Progress, silent
 from secateur.walk import evaluating
@@ -28,22 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENS = 128
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Sentences and their translations by people. `sha256` is that of all of them."""
-
-    sources: tuple[str, ...]
-    references: tuple[str, ...]
-    name: str
-    sha256: str
-
-    def __getitem__(self, rows: slice) -> Pairs:
-        return _pairs(self.sources[rows], self.references[rows], self.name)
-
-    def __len__(self) -> int:
-        return len(self.sources)
 
 
 @dataclass(frozen=True)
@@ -85,52 +67,6 @@ class TranslationScores:
     def __str__(self) -> str:
         same = "" if self.same is None else f", {100 * self.same:.1f} % as the dense model"
         return f"BLEU {self.bleu}; chrF {self.chrf} (n = {self.sentences} sentences, {self.pairs}{same})"
-
-
-def read_pairs(
-    path: str | Path, *, source: str = "zh", target: str = "en", limit: int | None = None, seed: int = 0
-) -> Pairs:
-    """Pairs from a .jsonl file, a pair a line; a source that comes again is left out.
-
-    Args:
-        path: the file.
-        source, target: the fields of the sentence and of its translation.
-        limit: so many pairs, drawn with `seed`; None takes all in their order.
-
-    Raises:
-        LoadFailure: the file cannot be read, or a line has not both fields.
-        TextTooShort: fewer pairs than `limit`, or none.
-
-    >>> import tempfile
-    >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
-    ...     written = file.write('{"zh": "你好", "en": "Hello"}')
-    ...     file.flush()
-    ...     read_pairs(file.name).references
-    ('Hello',)
-    """
-    seen: dict[str, str] = {}
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            row = json.loads(line)
-            if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in (source, target)):
-                raise LoadFailure(f"{path}, line {number}: it has no texts '{source}' and '{target}'.")
-            seen.setdefault(row[source], row[target])
-    except (OSError, ValueError) as error:
-        raise LoadFailure(f"{path} cannot be read as pairs of sentences: {error}.") from error
-    found = list(seen.items())
-    if len(found) < (limit or 1):
-        raise TextTooShort(f"{path} has {len(found)} different pairs, fewer than the {limit or 1} asked for.")
-    if limit is not None:
-        found = [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:limit]]
-    return _pairs([a for a, _ in found], [b for _, b in found], f"{Path(path).name} {source}-{target}")
-
-
-def _pairs(sources: Sequence[str], references: Sequence[str], name: str) -> Pairs:
-    digest = hashlib.sha256(json.dumps([*zip(sources, references, strict=True)]).encode()).hexdigest()
-    return Pairs(tuple(sources), tuple(references), name, digest)
 
 
 def translate(
