@@ -29,7 +29,7 @@ def attend(call: AttentionCall, keep: Callable[[slice], Tensor] | None = None) -
     key, value = (part.repeat_interleave(groups, 1) if groups > 1 else part for part in (call.key, call.value))
     if keep is None and call.attention_mask is None and call.position_bias is None:
         square = call.causal and queries == key.shape[2]
-        if square or not call.causal or queries == 1 and int(call.query_slots[0]) == int(call.key_slots[-1]):
+        if square or not call.causal or (queries == 1 and int(call.query_slots[0]) == int(call.key_slots[-1])):
             output = functional.scaled_dot_product_attention(
                 call.query, key, value, dropout_p=call.dropout, is_causal=square, scale=call.scaling
             )

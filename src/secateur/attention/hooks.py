@@ -176,9 +176,9 @@ class _Reader:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The lengths of the cache, which the module is about to change."""
-        given = _signature(type(module)).bind(module, *args, **kwargs).arguments
+        given = _signature(type(module).forward).bind(module, *args, **kwargs).arguments
         given |= given.pop("kwargs", {})
-        cache = next((given[name] for name in ("cache", "past_key_values") if given.get(name) is not None), None)
+        cache: Any = next((given[name] for name in ("cache", "past_key_values") if given.get(name) is not None), None)
         cache = getattr(cache, "self_attention_cache", cache)
         layer = given.get("layer_idx", self.layer)
         self.cached = cache is not None and layer is not None
@@ -247,7 +247,7 @@ class _Reader:
             )
         if self.keys not in (-1, key.shape[2]):
             raise RunFailure(
-                f"{site.name}: the cache promised {self.keys} keys and gave {key.shape[2]}: their positions are unknown."
+                f"{site.name}: its cache promised {self.keys} keys and gave {key.shape[2]}: where they stand is unknown."
             )
 
     def _queries(self, query: Tensor, mask: Tensor | None, facts: MaskFacts | None, position_ids: Any) -> _Queries:
@@ -275,7 +275,7 @@ class _Reader:
     def _key_positions(self, slots: Tensor, facts: MaskFacts | None, seen: _Queries) -> Tensor:
         if facts is not None and facts.padding is not None:
             return slots[None] if facts.right_padded else _at(facts.positions, slots)
-        if self.site.kind == "cross" or seen.positions.shape[0] == 1 and torch.equal(seen.positions[0], seen.slots):
+        if self.site.kind == "cross" or (seen.positions.shape[0] == 1 and torch.equal(seen.positions[0], seen.slots)):
             return slots[None]
         if not self.cached and slots.shape == seen.slots.shape:
             return seen.positions
@@ -290,5 +290,5 @@ def _at(positions: Tensor, slots: Tensor) -> Tensor:
 
 
 @functools.cache
-def _signature(kind: type[nn.Module]) -> inspect.Signature:
-    return inspect.signature(kind.forward)
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -153,7 +152,7 @@ def save_plan(plan: Plan, folder: str | Path, *, overwrite: bool = False) -> Pat
             sync(new)
             if target.exists():
                 for name in (TENSORS, RECORD):
-                    os.replace(new / name, target / name)
+                    (new / name).replace(target / name)
             else:
                 new.rename(target)
     except (OSError, SafetensorError, ValueError, TypeError) as error:
@@ -181,8 +180,8 @@ def load_plan(folder: str | Path) -> Plan:
         sites = {}
         for number, (name, facts) in enumerate(document["masks"].items()):
             shapes = facts.pop("tensors")
-            parts = {part: _unpack(tensors[f"{number}.{part}"], shape) for part, shape in shapes.items()}
-            sites[name] = SiteMask(**facts, **parts)
+            facts |= {part: _unpack(tensors[f"{number}.{part}"], shape) for part, shape in shapes.items()}
+            sites[name] = SiteMask(**facts)
         found = tuple(Site(**site) for site in document["model_sites"])
         plan = Plan(document["model_type"], document["architecture"], found, sites, document["record"])
         _check_masks(plan)

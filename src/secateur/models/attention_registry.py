@@ -160,7 +160,7 @@ def _attention(
 def _mask(*args: Any, **options: Any) -> Tensor | None:
     from transformers import masking_utils
 
-    mask = masking_utils.sdpa_mask(*args, **options)
+    mask: Tensor | None = masking_utils.sdpa_mask(*args, **options)
     if mask is not None:
         function = options.get("mask_function")
         causal = function is masking_utils.causal_mask_function
