@@ -84,7 +84,7 @@ def translate(
         model: an encoder-decoder, as OPUS-MT.
         tokenizer: the model's own.
         sources: sentences.
-        tokens: at most so many are written for a sentence.
+        tokens: at most so many are written for a sentence, and at most twice those of the batch's longest and 16 more.
         batch_size: sentences together; sorted by length, so that little is padding.
         progress: told the sentences done.
 
@@ -100,7 +100,7 @@ def translate(
     if not sources:
         raise UsageError("There is no sentence to translate.")
     device = model.get_input_embeddings().weight.device
-    greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": tokens}
+    greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1}
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     written: dict[int, str] = {}
     with evaluating(model), torch.no_grad(), quiet("transformers"):
@@ -109,7 +109,8 @@ def translate(
             words = [sources[i] for i in rows]
             batch = tokenizer(words, return_tensors="pt", padding=True, truncation=True).to(device)
             batch.pop("token_type_ids", None)
-            ids = model.generate(**batch, **greedy)
+            room = min(tokens, 2 * batch["input_ids"].shape[1] + 16)  # a broken model writes on and on
+            ids = model.generate(**batch, **greedy, max_new_tokens=room)
             texts = tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)
             written.update(zip(rows, texts, strict=True))
             progress(len(written), len(sources), "translating")
