@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from secateur.data.calibration import Calibration, calibration, ids_sha256, sequence_length, tokenise, windows
-from secateur.data.text import Text, read_text
-from secateur.errors import InvalidParameter, UsageError
+from secateur.data.calibration import Calibration, ids_sha256
+from secateur.data.text import Text
+from secateur.errors import UsageError
 from secateur.inputs import batches_of
 from secateur.memory import peak_memory
-from secateur.models.layers import find, find_blocks
+from secateur.models.layers import Found, Layer, find, find_blocks
 from secateur.progress import Progress, silent
 from secateur.recovery import checkpoint as checkpoints
 from secateur.recovery.adapters import LORA
@@ -33,14 +33,12 @@ from secateur.recovery.overlay import Overlay
 from secateur.recovery.reconstruct import reconstruct, record_calls
 from secateur.recovery.subsets import find_trainees
 from secateur.result import PruneResult, versions
-from secateur.scout import run
+from secateur.scout import Batch, run
+from secateur.training_text import held_out_ids, training_ids
 from secateur.walk import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-RECORDED = 128  # windows of text that reconstruction reads by default: their hidden states are held in memory
 
 
 @dataclass(frozen=True)
@@ -134,38 +132,59 @@ def recover(
     {'before': 1152, 'after': 1152, 'lost': 0}
     """
     options = options or Recovery()
-    job = _Job(model, tokenizer, pruning, options, dense)
-    ids, about = _training_ids(model, tokenizer, text, seqlen, samples, options, progress)
-    unseen = _held_out_ids(model, tokenizer, text, held_out, ids.shape[1], progress)
-    file = None if checkpoint is None else Path(checkpoint).expanduser().resolve()
-    if resume and file is None:
-        raise UsageError("To resume, name the checkpoint file of the run that was stopped.")
-    return job.go(ids, about, unseen, file, resume, progress)
+    record, found = _record(pruning), find(model)
+    layers, warnings = pruned_layers(model, found, record)
+    job = TrainingJob(model, tokenizer, found, layers, options, dense, warnings)
+    ids, about = training_ids(model, tokenizer, text, seqlen, samples, options, progress)
+    unseen = held_out_ids(model, tokenizer, text, held_out, ids.shape[1], progress)
+    return job.go(ids, about, unseen, checkpoint, resume, progress)
 
 
-class _Job:
-    """One recovery: checked in the beginning, then run."""
+class TrainingJob:
+    """One training: checked in the beginning, then run.
 
-    def __init__(self, model: Any, tokenizer: Any, pruning: Any, options: Recovery, dense: Any) -> None:
+    `layers` are those that carry adapters, and whose zeros stay. `batch` makes what the model reads out of ids
+    (windows, seqlen). `extra` is what else must be the same for a run to go on.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        found: Found,
+        layers: Sequence[Layer],
+        options: Recovery,
+        dense: Any,
+        warnings: Sequence[str] = (),
+        *,
+        batch: Callable[[Tensor], Batch] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.options, self.dense = model, tokenizer, options, dense
-        record = _record(pruning)
-        self.found = find(model)
-        self.layers, self.warnings = pruned_layers(model, self.found, record)
+        self.found, self.layers, self.warnings = found, layers, list(warnings)
+        self.batch = batch or (lambda part: batches_of(model, part, len(part))[0])
+        self.extra = dict(extra or {})
+        self.sparse = any(zeros(layer.weight) for layer in layers)
         _check_dense(options, model, dense)
         self.lora = options.adapter == LORA and "adapters" in options.train
         words = [word for word in options.train if not (self.lora and word == "adapters")]
         if self.lora:
             check_lora(self.layers)
-            self.warnings.append("the adapters are not merged: that would lose the zeros; they belong to the model")
+            why = ": that would lose the zeros" if self.sparse else ""
+            self.warnings.append(f"the adapters are not merged{why}; they belong to the model")
         self.trainees, said = find_trainees(model, self.layers, self.found.blocks, words, needed=not self.lora)
         self.warnings += said
-        if "all" in options.train:
+        if "all" in options.train and self.sparse:
             self.warnings.append("all parameters are trained, the pruned ones too: the zeros are lost")
 
     def go(
-        self, ids: Tensor, about: Mapping[str, Any], unseen: Tensor | None, file: Path | None, resume: bool,
+        self, ids: Tensor, about: Mapping[str, Any], unseen: Tensor | None, checkpoint: str | Path | None, resume: bool,
         progress: Progress,
     ) -> RecoverResult:  # fmt: skip
+        """Train on ids (n, seqlen), and measure `unseen` before and after; the rest is as of `recover`."""
+        file = None if checkpoint is None else Path(checkpoint).expanduser().resolve()
+        if resume and file is None:
+            raise UsageError("To resume, name the checkpoint file of the run that was stopped.")
         options, model = self.options, self.model
         started = time.perf_counter()
         kind = "masked" if options.adapter == LORA else options.adapter
@@ -177,18 +196,14 @@ class _Job:
         everything = sum(parameter.numel() for parameter in model.parameters())
         before = sum(zeros(layer.weight) for layer in self.layers)
         with evaluating(model), _frozen(model, self.dense), peak_memory(device) as peak:
-            loss = TextLoss(
-                model, ids, lambda part: batches_of(model, part, len(part))[0],
-                mask_token=getattr(self.tokenizer, "mask_token_id", None),
-                dense=self.dense if options.objective == "distil" else None,
-                weight=options.distil_weight, temperature=options.temperature, precision=options.precision,
-                seed=options.seed,
-            )  # fmt: skip
+            # reconstruction needs no logits, nor a model that has any
+            loss = None if options.objective == "reconstruct" and unseen is None else self.loss(ids)
             measured = {"before": self._look(loss, unseen)}
             with self._laid(overlay) as extra:
                 if options.objective == "reconstruct":
                     losses, training = self._reconstruct(overlay, ids, file, state, progress)
                 else:
+                    assert loss is not None
                     losses, training = self._train(overlay.parts | extra, loss, ids, unseen, file, state, progress)
             lost = overlay.merge_()
             measured["after"] = self._look(loss, unseen)
@@ -208,6 +223,17 @@ class _Job:
             device=str(device),
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
             warnings=tuple(self.warnings),
+        )  # fmt: skip
+
+    def loss(self, ids: Tensor) -> TextLoss:
+        """The loss on these windows, as the options ask for it."""
+        options = self.options
+        return TextLoss(
+            self.model, ids, self.batch,
+            mask_token=getattr(self.tokenizer, "mask_token_id", None),
+            dense=self.dense if options.objective == "distil" else None,
+            weight=options.distil_weight, temperature=options.temperature, precision=options.precision,
+            seed=options.seed,
         )  # fmt: skip
 
     def _train(
@@ -236,7 +262,7 @@ class _Job:
     ) -> tuple[dict[str, Any], float]:
         dense, blocks = self.dense, find_blocks(self.dense)
         recorded = []
-        batches = batches_of(dense, ids, self.options.batch_size)
+        batches = [self.batch(part) for part in ids.split(self.options.batch_size)]
         for i, batch in enumerate(batches):
             recorded.append(record_calls(dense, blocks, partial(run, dense, batch)))
             progress(i + 1, len(batches), "recording the dense model")
@@ -261,13 +287,14 @@ class _Job:
                     detach(self.model)
                 raise
 
-    def _look(self, loss: TextLoss, unseen: Tensor | None) -> list[float]:
-        return [] if unseen is None else loss.held_out(unseen, 1)
+    def _look(self, loss: TextLoss | None, unseen: Tensor | None) -> list[float]:
+        return [] if unseen is None or loss is None else loss.held_out(unseen, 1)
 
     def _identity(self, ids: Tensor, unseen: Tensor | None) -> dict[str, Any]:
         """What must be the same for a run to go on."""
         return {
             **self.options.to_dict(),
+            **self.extra,
             "text": ids_sha256(ids),
             "seqlen": ids.shape[1],
             "held-out text": ids_sha256(unseen) if unseen is not None and self.options.keep == "best" else None,
@@ -341,50 +368,6 @@ def _check_dense(options: Recovery, model: Any, dense: Any) -> None:
                 if name not in theirs
                 else f"{name} is {theirs[name]} in the dense model and {ours[name]} in the pruned one."
             )
-
-
-def _training_ids(
-    model: Any, tokenizer: Any, text: Any, seqlen: int | None, samples: int | None, options: Recovery,
-    progress: Progress,
-) -> tuple[Tensor, Mapping[str, Any]]:  # fmt: skip
-    if isinstance(text, Calibration | Tensor):
-        ids = text.ids if isinstance(text, Calibration) else text
-        if isinstance(text, Calibration) and text.mask is not None:
-            raise UsageError(
-                "Conversations are padded, and training would count the padding: give a running text, or one field of "
-                "the file, as FILE.jsonl:FIELD."
-            )
-        if seqlen is not None and seqlen != ids.shape[-1]:
-            raise UsageError(f"The ids have windows of {ids.shape[-1]} tokens: leave out seqlen {seqlen}.")
-        batches_of(model, ids)  # checks them
-        if isinstance(text, Calibration):
-            return ids, text.record
-        about = {"text": None, "samples": ids.shape[0], "seqlen": ids.shape[1], "sha256": ids_sha256(ids)}
-        return ids, about | {"how": "ids of the caller"}
-    if tokenizer is None:
-        raise UsageError("A text needs the model's tokenizer; give it, or give the text as ids.")
-    source = text if isinstance(text, Text) else read_text(text, "calibration", progress=progress)
-    length = sequence_length(tokenizer, model, seqlen)
-    if samples is None:
-        need = options.steps * options.accumulate * options.batch_size
-        fit = len(tokenise(tokenizer, source, progress=progress)) // length
-        most = RECORDED if options.objective == "reconstruct" else fit
-        samples = max(1, min(need, fit, most))
-    drawn = calibration(tokenizer, source, samples, length, options.seed, model=model, progress=progress)
-    return drawn.ids, drawn.record
-
-
-def _held_out_ids(
-    model: Any, tokenizer: Any, text: Any, held_out: int | Tensor, seqlen: int, progress: Progress
-) -> Tensor | None:
-    if isinstance(held_out, Tensor):
-        batches_of(model, held_out)
-        return held_out
-    if isinstance(held_out, bool) or not isinstance(held_out, int) or held_out < 0:
-        raise InvalidParameter("held_out", "recover", "a whole number of at least 0, or ids", held_out)
-    if not held_out or isinstance(text, Calibration | Tensor | Text):
-        return None
-    return windows(tokenizer, text, seqlen, held_out, model=model, progress=progress).ids
 
 
 def _perplexities(measured: Mapping[str, Sequence[float]], ids: Tensor) -> dict[str, Any]:

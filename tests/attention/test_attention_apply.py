@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attention_models import (
+    BLOCK,
     CAUSAL,
     KINDS,
     SEQ2SEQ,
@@ -17,6 +18,7 @@ from families import ids
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from secateur.attention.apply import attached
+from secateur.attention.definition import masked
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -107,8 +109,28 @@ def test_generate_equals_decoding_without_a_cache(kind, options):
         ours = model.generate(tokens, **common, **options)
         theirs = model.generate(tokens, **common, **plain)
     assert torch.equal(ours, theirs)
-    assert set(said.backends) == {"entries"}
+    assert set(said.backends) == {"entries"}  # padded on the left
     assert not torch.equal(ours, model.generate(tokens, **common))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "marian"])
+def test_a_decoded_row_reads_the_kept_blocks_only(family, monkeypatch):
+    model = attention_model(family)
+    read = []
+    monkeypatch.setattr(
+        "secateur.attention.decode.masked",
+        lambda query, key, *rest, **how: read.append(key.shape[2]) or masked(query, key, *rest, **how),
+    )
+    common = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    real = torch.ones(2, 30, dtype=torch.long)
+    real[1, -3:] = 0  # seen by the encoder of marian only
+    options = {"attention_mask": real} if family == "marian" else {}
+    with attached(model, random_plan(model, "toeplitz", density=0.1)) as said, torch.no_grad():
+        ours = model.generate(ids(2, 30), **common, **options)
+        theirs = model.generate(ids(2, 30), **common, **options, use_cache=False)
+    assert torch.equal(ours, theirs)
+    assert said.backends["decode"] == len(read) > 30
+    assert max(read) < 30 and all(length % BLOCK == 0 for length in read)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,3 +225,27 @@ def test_gradient_checkpointing_sees_the_same_masks():
             model(**given, use_cache=False).logits.sum().backward()
         found.append(model.model.shared.weight.grad.clone())
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "marian"])
+def test_the_backend_that_was_asked_for_runs(family):
+    model, given = attention_model(family), inputs(family)
+    real = torch.ones(2, 23, dtype=torch.long)
+    real[1, -5:] = 0
+    plan = random_plan(model, "hybrid")
+    found = {}
+    for backend in ("reference", "gather"):
+        with attached(model, plan, backend) as said:
+            found[backend] = logits(model, **given, attention_mask=real)
+        assert said.backends == {backend: len(plan.sites)} and not said.reasons
+    rows = torch.ones(found["gather"].shape[:2], dtype=torch.bool) if family == "marian" else real.bool()
+    torch.testing.assert_close(found["gather"][rows], found["reference"][rows], **CLOSE)
+
+
+def test_chunks_that_begin_inside_a_block_run_on_the_kernels_too():
+    model, tokens, memory = attention_model("llama"), ids(2, 25), DynamicCache()
+    with attached(model, random_plan(model, "hybrid"), "gather") as said:
+        whole = logits(model, input_ids=tokens)
+        parts = [logits(model, input_ids=tokens[:, a:b], cache=memory) for a, b in ((0, 11), (11, 18), (18, 25))]
+    assert said.backends == {"gather": 8}
+    torch.testing.assert_close(torch.cat(parts, 1), whole, **CLOSE)

@@ -144,7 +144,7 @@ def test_one_plan_at_a_time_but_two_models():
 def test_a_bad_backend_or_plan_touches_nothing():
     model = make("llama")
     before, plan = state(model), random_plan(make("mistral"), "hybrid")
-    with pytest.raises(UnknownName, match="attention backend 'tritn'. Did you mean 'triton'"):
+    with pytest.raises(UnknownName, match=r"attention backend 'tritn'. Did you mean 'triton'"):
         attached(model, keep_all(model), "tritn").__enter__()
     with pytest.raises(UsageError, match="this is a llama model"):
         attached(model, plan).__enter__()
@@ -231,7 +231,7 @@ def test_a_backend_that_was_asked_for_says_what_it_cannot_take():
     real = torch.ones(2, 9, dtype=torch.long)
     real[0, :4] = 0
     with attached(model, random_plan(model, "hybrid"), "gather"):
-        with pytest.raises(UsageError, match="'gather' cannot run model.layers.0.self_attn: the batch is padded"):
+        with pytest.raises(UsageError, match=r"'gather' cannot run model.layers.0.self_attn: the batch is padded"):
             logits(model, input_ids=tokens, attention_mask=real)
         logits(model, input_ids=tokens, attention_mask=real.flip(-1))
 

@@ -88,7 +88,7 @@ def test_an_absolute_mask_ends_where_it_was_calibrated():
     assert mask.layout(20, 20).keys == 20
     assert mask.layout(20, 64).keys == 64  # a static cache: no query sees the slots to come
     for far in (lambda: mask.layout(21, 21), lambda: mask.layout(1, 21, 20), lambda: _allowed(mask, 21)):
-        with pytest.raises(UsageError, match="calibrated at 20 tokens.*query at position 20"):
+        with pytest.raises(UsageError, match=r"calibrated at 20 tokens.*query at position 20"):
             far()
     encoder = mask_of("encoder-self", "absolute")
     with pytest.raises(UsageError, match="key at position 20"):
@@ -202,10 +202,10 @@ def test_a_plan_knows_its_model():
     with pytest.raises(UsageError, match="for a llama model, and this is a mistral model"):
         plan.masks_for(make("mistral"))
     config = type(model.config)(**(model.config.to_dict() | {"num_hidden_layers": 3}))
-    with pytest.raises(UsageError, match="2 attention sites.*this one has 3"):
+    with pytest.raises(UsageError, match=r"2 attention sites.*this one has 3"):
         plan.masks_for(type(model)(config))
     config = type(model.config)(**(model.config.to_dict() | {"num_key_value_heads": 4}))
-    with pytest.raises(UsageError, match="4 heads of 8 on 4 of keys.*4 heads of 8 on 2 of keys"):
+    with pytest.raises(UsageError, match=r"4 heads of 8 on 4 of keys.*4 heads of 8 on 2 of keys"):
         plan.masks_for(type(model)(config))
 
 

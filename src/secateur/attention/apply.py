@@ -2,7 +2,8 @@
 
 Where positions are regular (query i at offset + i, key j at j, padding on the right at most) and the model adds
 nothing of its own, the kept blocks go to `kernels.block_attention`. Everything else is computed entry by entry, which
-is the definition: rows decoded one at a time, batches padded on the left, sliding windows, position biases, dropout.
+is the definition: batches padded on the left, sliding windows, position biases, dropout. A single decoded row reads
+the blocks that its heads keep (`decode`).
 Either way a mask depends on positions alone, so that decoding with a cache equals the full forward pass.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import UnknownName, UsageError
 from ..kernels.block_attention import BACKENDS, BlockLayout, block_attention, choose_backend
+from .decode import decode
 from .definition import attend
 from .hooks import AttentionCall, intercept
 from .plan import Plan
@@ -31,8 +33,9 @@ class Attached:
     """What has run while a plan was attached.
 
     Attributes:
-        backends: how many calls went to each kernel; `entries` for the definition, `dense` for sites without a mask.
-        reasons: why calls that were no single decoded row went to `entries`.
+        backends: how many calls went to each kernel; `decode` for single rows over gathered blocks, `entries` for the
+            definition, `dense` for sites without a mask.
+        reasons: why calls of more than one row went to `entries`.
     """
 
     backends: Counter[str] = field(default_factory=Counter)
@@ -82,10 +85,13 @@ def attached(model: nn.Module, plan: Plan, backend: str = "auto") -> Iterator[At
                 backend=name,
             )
             return output.transpose(1, 2).contiguous()
-        if reason != _DECODED:
+        if call.query.shape[2] > 1:
             if backend not in ("auto", "reference"):
                 raise UsageError(f"The backend '{backend}' cannot run {call.site.name}: {reason}. Take 'auto'.")
             said.reasons[reason] += 1
+        elif reason == _DECODED and (row := decode(call, masked.on(call.query.device))) is not None:
+            said.backends["decode"] += 1
+            return row
         said.backends["entries"] += 1
         return attend(call, masked.entries(call))
 
@@ -93,13 +99,11 @@ def attached(model: nn.Module, plan: Plan, backend: str = "auto") -> Iterator[At
         yield said
 
 
-_DECODED = "a decoded row"
+_DECODED = "one row"
 
 
 def _irregular(call: AttentionCall) -> str | None:
     """Why the block kernels cannot compute this call; None if they can."""
-    if call.query.shape[2] == 1:
-        return _DECODED
     if call.dropout:
         return "attention dropout is on"
     if call.position_bias is not None:
@@ -110,7 +114,7 @@ def _irregular(call: AttentionCall) -> str | None:
         return "the batch is padded on the left, or its positions are irregular"
     if call.value.shape[-1] != call.key.shape[-1]:
         return "values and keys have different sizes"
-    return None
+    return _DECODED if call.query.shape[2] == 1 else None
 
 
 def _choose(call: AttentionCall, layout: BlockLayout) -> str:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.attention.density import extents
 from secateur.attention.plan import Plan
 from secateur.attention.site_mask import SiteMask
 from secateur.attention.sites import Site
-from secateur.errors import InvalidParameter, UsageError
 from secateur.masks import check_sparsity, drop_count
 
 Order = Callable[[Tensor, int], Tensor]
@@ -36,9 +36,9 @@ def random_plan(
         plan: whose blocks are counted, site by site.
         seed: of the draw.
         sparsity: this share of blocks to drop in every layer instead of the plan's.
-        length: tokens at which the counts agree, by default the plan's own. Rows behind it keep the distances that
-            most rows before it keep.
-        keys: the same of cross-attention's keys, by default `length`.
+        length: tokens at which the counts agree, by default those that each site was observed at. Rows behind keep the
+            distances that most rows before keep.
+        keys: tokens that an encoder before a decoder reads, by default `length`.
 
     Raises:
         UsageError: neither the plan nor the caller says a length.
@@ -68,34 +68,16 @@ def window_plan(
     return _like(plan, order, {"baseline": "window"}, sparsity, length, keys)
 
 
-def calibrated_length(plan: Plan, length: int | None = None) -> int:
-    """The length asked for, or that of the plan's record.
-
-    Raises:
-        UsageError: there is none.
-    """
-    chosen = plan.record.get("length") if length is None else length
-    if isinstance(chosen, bool) or not isinstance(chosen, int):
-        if length is not None:
-            raise InvalidParameter("length", "an attention plan", "a whole number of tokens", length)
-        raise UsageError("The attention plan does not say at which length it was made: give a length.")
-    if chosen < 1:
-        raise InvalidParameter("length", "an attention plan", "a whole number of tokens >= 1", chosen)
-    return chosen
-
-
 def _like(
     plan: Plan, order: Order, facts: dict[str, Any], sparsity: float | None, length: int | None, keys: int | None
 ) -> Plan:
     if sparsity is not None:
         facts = {**facts, "sparsity": check_sparsity(sparsity, "attention masks")}
-    chosen = calibrated_length(plan, length)
+    sizes = extents(plan, length, keys)
     sites = {site.name: site for site in plan.model_sites}
-    masks = {
-        name: _matched(mask, sites[name], order, chosen, (keys or chosen) if mask.cross else chosen, sparsity)
-        for name, mask in plan.sites.items()
-    }
-    return replace(plan, sites=masks, record={**plan.record, **facts, "length": chosen})
+    masks = {name: _matched(mask, sites[name], order, *sizes[name], sparsity) for name, mask in plan.sites.items()}
+    chosen = {"length": plan.record.get("length") if length is None else length}
+    return replace(plan, sites=masks, record={**plan.record, **facts, **chosen, "sizes": sizes})
 
 
 def _matched(mask: SiteMask, site: Site, order: Order, queries: int, keys: int, sparsity: float | None) -> SiteMask:

@@ -8,18 +8,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.attention.baselines import calibrated_length
 from secateur.attention.plan import Plan
 from secateur.attention.site_mask import SiteMask
 from secateur.attention.sites import Site
 from secateur.attention.tiles import blocks, lengths, sum_tiles
+from secateur.errors import InvalidParameter, UsageError
 
 COARSE = 128  # tokens on a side of the blocks that GPU kernels like
 
@@ -45,12 +45,13 @@ class Density:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """Densities of a plan at one length. `sites` has those with a mask, by name; `heads` the kept share of blocks of
-    every head there; `families` and `total` count the dense sites too.
+    """Densities of a plan. `length` is the longest that is counted, `sizes` has queries and keys of every site; `sites`
+    has those with a mask, by name; `heads` the kept share of blocks of every head there; `families` and `total` count
+    the dense sites too.
     """
 
     length: int
-    keys: int
+    sizes: dict[str, list[int]]
     block: int | None
     total: Density
     families: dict[str, Density]
@@ -75,8 +76,8 @@ def plan_report(plan: Plan, length: int | None = None, *, keys: int | None = Non
 
     Args:
         plan: any plan.
-        length: tokens, by default the plan's own.
-        keys: tokens that cross-attention reads, by default `length`.
+        length: tokens, by default those that each site was observed at.
+        keys: tokens that an encoder before a decoder reads, by default `length`.
 
     Raises:
         UsageError: an absolute mask does not reach so far, or no length is known.
@@ -86,24 +87,48 @@ def plan_report(plan: Plan, length: int | None = None, *, keys: int | None = Non
     >>> print(plan_report(Plan("llama", "Llama", (site,), {"a": band}), 256))
     at 256 tokens 74.71 % of what may meet is dropped (87.30 % of all pairs); 40.00 % of the blocks of 64 are computed...
     """
-    chosen = calibrated_length(plan, length)
+    sizes = extents(plan, length, keys)
     block = next((mask.block for mask in plan.sites.values()), None)
     every: dict[str, _Counts] = {}
     for site in plan.model_sites:
-        own = (keys or chosen) if site.kind == "cross" else chosen
-        every[site.name] = _count(site, plan.sites.get(site.name), chosen, own, block or COARSE)
+        every[site.name] = _count(site, plan.sites.get(site.name), *sizes[site.name], block or COARSE)
     families: dict[str, list[_Counts]] = {}
     for site in plan.model_sites:
         families.setdefault(site.family, []).append(every[site.name])
     return PlanReport(
-        length=chosen,
-        keys=keys or chosen,
+        length=max(queries for queries, _ in sizes.values()),
+        sizes={name: list(size) for name, size in sizes.items()},
         block=block,
         total=_density(every.values()),
         families={family: _density(counts) for family, counts in families.items()},
         sites={name: _density([every[name]]) for name in plan.sites},
         heads={name: every[name].heads for name in plan.sites},
     )
+
+
+def extents(plan: Plan, length: int | None = None, keys: int | None = None) -> dict[str, tuple[int, int]]:
+    """Queries and keys of every site, in tokens: those asked for, or those at which the plan was observed.
+
+    Raises:
+        UsageError: no length is asked for, and the plan does not say one.
+        InvalidParameter: a length that is none.
+    """
+    for name, value in (("length", length), ("keys", keys)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise InvalidParameter(name, "an attention plan", "a whole number of tokens >= 1", value)
+    known = plan.record.get("sizes") if length is None else None
+    chosen = plan.record.get("length") if length is None else length
+    if not isinstance(chosen, int):
+        raise UsageError("The attention plan does not say at which length it was made: give a length.")
+    two = any(site.stack == "decoder" for site in plan.model_sites)
+    sizes = {}
+    for site in plan.model_sites:
+        read = (keys or chosen) if site.stack == "encoder" and two else chosen
+        size = (read, read) if site.kind == "self" else (chosen, keys or chosen)
+        if isinstance(known, Mapping) and site.name in known:
+            size = (int(known[site.name][0]), int(known[site.name][1]))
+        sizes[site.name] = size
+    return sizes
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,7 @@ class _Reader:
             )
         if self.keys not in (-1, key.shape[2]):
             raise RunFailure(
-                f"{site.name}: its cache promised {self.keys} keys and gave {key.shape[2]}: where they stand is unknown."
+                f"{site.name}: its cache promised {self.keys} keys and gave {key.shape[2]}: their places are unknown."
             )
 
     def _queries(self, query: Tensor, mask: Tensor | None, facts: MaskFacts | None, position_ids: Any) -> _Queries:

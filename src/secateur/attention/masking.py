@@ -152,12 +152,18 @@ def make_plan(
     masks = {one.site.name: one.mask() for one in found}
     record = {
         "masking": masking.to_dict(), "length": chosen, "block": block, "observed_block": observation.block,
-        "observed": {name: site.sequences for name, site in seen.items()}, "text": dict(observation.text),
+        "observed": {name: site.sequences for name, site in seen.items()},
+        "sizes": {name: _size(site, observation.block, chosen) for name, site in observation.at(length).items()}, "text": dict(observation.text),
         "versions": dict(observation.versions),
     }  # fmt: skip
     model = observation.model
     sites = tuple(Site(**site) for site in model["sites"])
     return Plan(str(model["model_type"]), str(model["architecture"]), sites, masks, record)
+
+
+def _size(site: SiteObservation, block: int, length: int | None) -> list[int]:
+    """Queries and keys that were observed, in tokens."""
+    return [min(number * block, length or number * block) for number in site.count.shape]
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,6 +44,7 @@ class MaskFacts:
 
     padding: Tensor | None
     rule: Literal["causal", "full", "other"]
+    _kept: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
 
     @cached_property
     def right_padded(self) -> bool:
@@ -62,10 +63,12 @@ class MaskFacts:
         """Bool (batch, stop - start): which slots hold real tokens; None if all do. Slots still to come do not."""
         if self.padding is None:
             return None
-        keep = self.padding[:, start:stop]
-        if (missing := stop - start - keep.shape[1]) > 0:
-            keep = nn.functional.pad(keep, (0, missing))
-        return None if bool(keep.all()) else keep
+        if (start, stop) not in self._kept:  # every layer asks the same
+            keep = self.padding[:, start:stop]
+            if (missing := stop - start - keep.shape[1]) > 0:
+                keep = nn.functional.pad(keep, (0, missing))
+            self._kept[start, stop] = None if bool(keep.all()) else keep
+        return self._kept[start, stop]
 
 
 def mask_facts(mask: Tensor | None) -> MaskFacts | None:
