@@ -25,7 +25,13 @@ FLOORS = (  # from the ground up; a room is a folder, or the files that make one
     ("walk scout blocks gradients view", "allocation"),
     ("methods", "refinements", "attention", "recovery", "evaluate"),
     ("safety",),
-    ("pruning planning job inputs result comparison recovering iterative", "recipe", "run", "report", "plan_quality"),
+    (
+        "pruning planning job inputs result comparison recovering iterative attending training_text",
+        "recipe",
+        "run",
+        "report",
+        "plan_quality",
+    ),
     ("cli __main__",),
     ("__init__",),
 )

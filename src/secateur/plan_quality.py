@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from secateur.attention.apply import attached
-from secateur.attention.baselines import calibrated_length, random_plan, window_plan
+from secateur.attention.baselines import random_plan, window_plan
 from secateur.attention.density import plan_report
 from secateur.attention.observation import Observation, SiteObservation
 from secateur.attention.observe import observe
@@ -28,7 +28,7 @@ from secateur.attention.plan import Plan
 from secateur.attention.site_mask import SiteMask
 from secateur.attention.transfer import mass_recall
 from secateur.data.pairs import Pairs, pair_batches
-from secateur.data.passages import passages
+from secateur.data.passages import CHARACTERS, passage_batches, passages
 from secateur.data.text import Text, read_text
 from secateur.errors import InvalidParameter, UsageError
 from secateur.evaluate.embeddings import compare_embeddings, embed
@@ -41,8 +41,6 @@ from secateur.progress import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-CHARACTERS = 8  # of a passage for each token that is read: more than any tokenizer needs for prose
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def plan_quality(
     if length is None:
         if first is None:
             raise UsageError("Without a plan, say at which length the model is to be measured.")
-        length = calibrated_length(first)
+        length = plan_report(first).length
     if isinstance(data, Pairs):
         run, seen = _translation(model, tokenizer, data, batch_size, first, progress)
     elif _is_causal(model):
@@ -220,7 +218,7 @@ def _row(
     if plan is None:
         return PlanQuality(name, length, 0.0, 0.0, 1.0, 1.0, None, measures, {}, seconds)
     on_pairs = bool(model.config.is_encoder_decoder)
-    report = plan_report(plan, calibrated_length(plan) if on_pairs else length)
+    report = plan_report(plan, None if on_pairs else length)
     if on_pairs and seen is not None:
         effective, paper = sparsity_on(plan, seen)
     else:
@@ -279,19 +277,6 @@ def _encoder(
         return {"embeddings": compare_embeddings(vectors, dense).to_dict() | about}
 
     return run, seen
-
-
-def passage_batches(
-    tokenizer: Any, texts: tuple[str, ...], length: int, batch_size: int = 8
-) -> list[dict[str, torch.Tensor]]:
-    """Passages as batches of `input_ids` and `attention_mask`, cut to `length` tokens, with the model's own special
-    tokens."""
-    batches = []
-    for first in range(0, len(texts), batch_size):
-        words = list(texts[first : first + batch_size])
-        read = tokenizer(words, return_tensors="pt", padding=True, truncation=True, max_length=length)
-        batches.append({name: read[name] for name in ("input_ids", "attention_mask")})
-    return batches
 
 
 def _translation(

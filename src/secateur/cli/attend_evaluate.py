@@ -108,7 +108,7 @@ def run(words: list[str]) -> int:
         "attention_evaluation": [result.to_dict() for result in results],
         "plans": {name: dict(plan.record) for name, plan in plans.items()},
         "model": opened.record(),
-        **provenance(words, "attend evaluate"),
+        **provenance(["evaluate", *words], "attend"),
     }
     if options.json:
         write_json(options.json, record)

@@ -64,7 +64,7 @@ def run(words: list[str]) -> int:
         "gini": found.gini,
         "plan": dict(plan.record),
         "saved": str(saved),
-        **provenance(words, "attend mask"),
+        **provenance(["mask", *words], "attend"),
     }
     if options.json:
         write_json(options.json, record)

@@ -95,7 +95,7 @@ def run(words: list[str]) -> int:
     saved = save_observation(observation, out, overwrite=options.overwrite)
     found = analyse(observation)
     record = {"analysis": found.to_dict(), "model": opened.record(), "text": dict(observation.text)}
-    record |= {"saved": str(saved), **provenance(words, "attend observe")}
+    record |= {"saved": str(saved), **provenance(["observe", *words], "attend")}
     if options.json:
         write_json(options.json, record)
     if options.json != STDOUT:
@@ -174,9 +174,8 @@ def _observe(opened: Opened, options: ObserveOptions, progress: ProgressBar) -> 
     lengths = options.lengths or (1024,)
     how: dict[str, Any] = {"block": options.block, "entries": options.block == 1, "progress": progress}
     if not any(site.causal for site in sites):
-        from secateur.data.passages import passages
+        from secateur.data.passages import CHARACTERS, passage_batches, passages
         from secateur.data.text import read_text
-        from secateur.plan_quality import CHARACTERS, passage_batches
 
         longest = max(lengths) if options.lengths else min(1024, _positions(model, tokenizer))
         text = read_text(options.text, "calibration", progress=progress)

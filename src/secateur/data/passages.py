@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
 from ..errors import InvalidParameter, TextTooShort
 from .text import Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHARACTERS = 8  # of a passage for each token that is read: more than any tokenizer needs for prose
 
 
 def passages(text: Text, characters: int, count: int) -> tuple[str, ...]:
@@ -42,6 +53,40 @@ def passages(text: Text, characters: int, count: int) -> tuple[str, ...]:
             )
         found.append(joined[start:end])
     return tuple(found)
+
+
+def passage_batches(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int, batch_size: int = 8
+) -> list[dict[str, Tensor]]:
+    """Passages as `input_ids` and `attention_mask`, (rows, tokens) int64, with the special tokens that the model knows.
+
+    Args:
+        tokenizer: of the model, with a padding token.
+        texts: passages; what is longer than `length` tokens is cut.
+        length: tokens, special ones included.
+        batch_size: rows of a batch; the last may have fewer.
+    """
+    batches = []
+    for first in range(0, len(texts), batch_size):
+        words = list(texts[first : first + batch_size])
+        read = tokenizer(words, return_tensors="pt", padding=True, truncation=True, max_length=length)
+        batches.append({name: read[name] for name in ("input_ids", "attention_mask")})
+    return batches
+
+
+def passage_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> Tensor:
+    """The ids of passages, (passages, length) int64.
+
+    Raises:
+        TextTooShort: a passage has fewer tokens.
+    """
+    rows = []
+    for text in texts:
+        ids = tokenizer(text, truncation=True, max_length=length)["input_ids"]
+        if len(ids) < length:
+            raise TextTooShort(f"A passage has {len(ids)} tokens, fewer than {length}: give more characters.")
+        rows.append(ids)
+    return torch.tensor(rows)
 
 
 def _space(text: str, near: int) -> int:
