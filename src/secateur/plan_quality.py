@@ -26,6 +26,7 @@ from secateur.attention.observation import Observation, SiteObservation
 from secateur.attention.observe import observe
 from secateur.attention.plan import Plan
 from secateur.attention.site_mask import SiteMask
+from secateur.attention.sites import find_sites
 from secateur.attention.transfer import mass_recall
 from secateur.data.pairs import Pairs, pair_batches
 from secateur.data.passages import CHARACTERS, passage_batches, passages
@@ -34,13 +35,18 @@ from secateur.errors import InvalidParameter, UsageError
 from secateur.evaluate.embeddings import compare_embeddings, embed
 from secateur.evaluate.fidelity import of_tokens
 from secateur.evaluate.perplexity import of_nlls
-from secateur.evaluate.sample import paired
+from secateur.evaluate.sample import mean_and_stderr, paired
 from secateur.evaluate.tokens import DensePredictions, read_tokens
 from secateur.evaluate.translation import score_translations, translate
 from secateur.progress import Progress, silent
+from secateur.walk import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Run = Callable[[Any], dict[str, Any]]
+"""Measure a model as it is now."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class PlanQuality:
         pairs (0 for the dense model). density_block, density_128: blocks computed at the plan's length.
     recall: share of the dense model's attention mass in the kept blocks; None where nothing was observed.
     measures: `perplexity`, `fidelity` and `nll_difference` (with `_stderr`, in nats per token against the dense
-        model); or `embeddings`; or `translation`.
+        model); or `embeddings`; or `translation` and `references` (nats per token of people's translations).
     backends: calls that each kernel computed. seconds: of the pass under the plan.
     """
 
@@ -106,29 +112,156 @@ def plan_quality(
         InvalidParameter, TextTooShort, UnknownName, LoadFailure: sizes out of range, a text that cannot be read.
         NumericalFailure: a value is not finite.
     """
-    for name, value, least in (("windows", windows, 1), ("observed", observed, 0), ("batch_size", batch_size, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InvalidParameter(name, "plan_quality", f"a whole number of at least {least}", value)
     for plan in plans.values():
         plan.masks_for(model)
-    pairs = bool(model.config.is_encoder_decoder)
-    if pairs != isinstance(data, Pairs):
-        wanted = "pairs of sentences" if pairs else "a text"
-        raise UsageError(f"{type(model).__name__} under an attention plan is measured on {wanted}.")
     first = next(iter(plans.values()), None)
     if length is None:
         if first is None:
             raise UsageError("Without a plan, say at which length the model is to be measured.")
         length = plan_report(first).length
-    if isinstance(data, Pairs):
-        run, seen = _translation(model, tokenizer, data, batch_size, first, progress)
-    elif _is_causal(model):
-        run, seen = _causal(model, tokenizer, data, length, windows, observed, batch_size, first, progress)
-    else:
-        run, seen = _encoder(model, tokenizer, data, length, windows, observed, batch_size, first, progress)
-    rows = [_row("dense", None, model, run, seen, length, backend)]
-    rows += [_row(name, plan, model, run, seen, length, backend) for name, plan in plans.items()]
+    held = HeldOut(
+        model, tokenizer, data, length=length, windows=windows, observed=observed if first else 0,
+        block=_block(first) if first else 64, batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+    rows = [held.measure("dense", model)]
+    rows += [held.measure(name, model, plan, backend=backend) for name, plan in plans.items()]
     return tuple(rows)
+
+
+class HeldOut:
+    """Data that a model is measured on, and the dense model's answers to it, with which all plans are compared.
+
+    Args:
+        model: dense; it is not kept, unless its body and head cannot be run apart.
+        tokenizer, data, windows, observed, batch_size, progress: as of `plan_quality`.
+        length: tokens of a window or passage; of pairs it only names the result.
+        block: of the plans, or one that divides it, for the observation of the data.
+
+    Attributes:
+        observation: the dense model's attention on the data; None if nothing was to be observed.
+
+    Raises:
+        As `plan_quality`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        data: str | Path | Text | Pairs = "gutenberg",
+        *,
+        length: int,
+        windows: int = 8,
+        observed: int = 1,
+        block: int = 64,
+        batch_size: int = 1,
+        progress: Progress = silent,
+    ) -> None:
+        for name, value, least in (("windows", windows, 1), ("observed", observed, 0), ("batch_size", batch_size, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InvalidParameter(name, "plan_quality", f"a whole number of at least {least}", value)
+        self.tokenizer, self.length, self.size, self.progress = tokenizer, length, batch_size, progress
+        self.on_pairs = isinstance(data, Pairs)
+        if bool(model.config.is_encoder_decoder) != self.on_pairs:
+            wanted = "a text" if self.on_pairs else "pairs of sentences"
+            raise UsageError(f"{type(model).__name__} under an attention plan is measured on {wanted}.")
+        self.observation: Observation | None = None
+        if isinstance(data, Pairs):
+            self._run = self._translation(model, data, observed, block)
+        elif any(site.causal for site in find_sites(model)):
+            self._run = self._causal(model, data, windows, observed, block)
+        else:
+            self._run = self._encoder(model, data, windows, observed, block)
+
+    def measure(
+        self, name: str, model: PreTrainedModel, plan: Plan | None = None, *, backend: str = "auto"
+    ) -> PlanQuality:
+        """One row: a model, dense or trained, under a plan or under none."""
+        begun = time.perf_counter()
+        with nullcontext(None) if plan is None else attached(model, plan, backend) as said:
+            measures = self._run(model)
+        seconds = time.perf_counter() - begun
+        if plan is None:
+            return PlanQuality(name, self.length, 0.0, 0.0, 1.0, 1.0, None, measures, {}, seconds)
+        report = plan_report(plan, None if self.on_pairs else self.length)
+        if self.on_pairs and self.observation is not None:
+            effective, paper = sparsity_on(plan, self.observation)
+        else:
+            masked = [report.sites[site] for site in plan.sites]
+            kept = sum(site.kept_pairs for site in masked)
+            effective = 1 - kept / sum(site.possible_pairs for site in masked)
+            paper = 1 - kept / sum(site.all_pairs for site in masked)
+        recall = None if self.observation is None else mass_recall(plan, self.observation).total
+        total, backends = report.total, {} if said is None else dict(said.backends)
+        return PlanQuality(
+            name,
+            self.length,
+            effective,
+            paper,
+            total.density_block,
+            total.density_128,
+            recall,
+            measures,
+            backends,
+            seconds,
+        )
+
+    def _causal(self, model: Any, data: Any, windows: int, observed: int, block: int) -> Run:
+        how: dict[str, Any] = {"seqlen": self.length, "windows": windows, "batch_size": self.size}
+        dense = DensePredictions(model, self.tokenizer, data, progress=self.progress, **how)
+        if observed:
+            self.observation = observe(model, dense.sample.ids[:observed], block=block, progress=self.progress)
+
+        def run(model: Any) -> dict[str, Any]:
+            found = read_tokens(
+                model, dense.sample, self.size, dense, likelihood=True, what="perplexity", progress=self.progress
+            )  # fmt: skip
+            difference, error = paired(found.nll, found.dense_nll)
+            return {
+                "perplexity": of_nlls(found.nll, model, dense.sample).to_dict(),
+                "fidelity": of_tokens(found, model, dense, dense.sample).to_dict(),
+                "nll_difference": difference,
+                "nll_difference_stderr": error,
+            }
+
+        return run
+
+    def _encoder(self, model: Any, data: Any, windows: int, observed: int, block: int) -> Run:
+        text = data if isinstance(data, Text) else read_text(data, "test", progress=self.progress)
+        texts = passages(text, CHARACTERS * self.length, windows)
+        how: dict[str, Any] = {"length": self.length, "batch_size": self.size, "progress": self.progress}
+        dense = embed(model, self.tokenizer, texts, **how)
+        about = {"text": text.name, "split": text.split, "sha256": text.sha256, "seqlen": self.length}
+        if observed:
+            batches = passage_batches(self.tokenizer, texts[:observed], self.length, self.size)
+            self.observation = observe(model, batches, block=block, entries=block == 1, progress=self.progress)
+
+        def run(model: Any) -> dict[str, Any]:
+            vectors = embed(model, self.tokenizer, texts, **how)
+            return {"embeddings": compare_embeddings(vectors, dense).to_dict() | about}
+
+        return run
+
+    def _translation(self, model: Any, pairs: Pairs, observed: int, block: int) -> Run:
+        how: dict[str, Any] = {"batch_size": self.size, "progress": self.progress}
+        batches = pair_batches(self.tokenizer, model, pairs, batch_size=self.size)
+        dense, before = translate(model, self.tokenizer, pairs.sources, **how), _reference_nlls(model, batches)
+        if observed:
+            self.observation = observe_pairs(model, self.tokenizer, pairs, block=block, **how)
+
+        def run(model: Any) -> dict[str, Any]:
+            written, nlls = translate(model, self.tokenizer, pairs.sources, **how), _reference_nlls(model, batches)
+            nll, error = mean_and_stderr(nlls)
+            difference, difference_error = paired(nlls, before)
+            return {
+                "translation": score_translations(written, pairs, dense).to_dict(),
+                "references": {
+                    "nll": nll, "nll_stderr": error,
+                    "nll_difference": difference, "nll_difference_stderr": difference_error,
+                },
+            }  # fmt: skip
+
+        return run
 
 
 def sparsity_on(plan: Plan, observation: Observation, length: int | None = None) -> tuple[float, float]:
@@ -204,93 +337,19 @@ def with_baselines(
     return found
 
 
-Run = Callable[[bool], dict[str, Any]]
-"""Measure the model as it is now; told whether it is dense."""
-
-
-def _row(
-    name: str, plan: Plan | None, model: Any, run: Run, seen: Observation | None, length: int, backend: str
-) -> PlanQuality:
-    begun = time.perf_counter()
-    with nullcontext(None) if plan is None else attached(model, plan, backend) as said:
-        measures = run(plan is None)
-    seconds = time.perf_counter() - begun
-    if plan is None:
-        return PlanQuality(name, length, 0.0, 0.0, 1.0, 1.0, None, measures, {}, seconds)
-    on_pairs = bool(model.config.is_encoder_decoder)
-    report = plan_report(plan, None if on_pairs else length)
-    if on_pairs and seen is not None:
-        effective, paper = sparsity_on(plan, seen)
-    else:
-        masked = [report.sites[site] for site in plan.sites]
-        kept = sum(site.kept_pairs for site in masked)
-        effective = 1 - kept / sum(site.possible_pairs for site in masked)
-        paper = 1 - kept / sum(site.all_pairs for site in masked)
-    recall = None if seen is None else mass_recall(plan, seen).total
-    backends = {} if said is None else dict(said.backends)
-    total = report.total
-    return PlanQuality(
-        name, length, effective, paper, total.density_block, total.density_128, recall, measures, backends, seconds
-    )
-
-
-def _causal(
-    model: Any, tokenizer: Any, data: Any, length: int, windows: int, observed: int, size: int, plan: Plan | None,
-    progress: Progress,
-) -> tuple[Run, Observation | None]:  # fmt: skip
-    dense = DensePredictions(
-        model, tokenizer, data, seqlen=length, windows=windows, batch_size=size, progress=progress
-    )  # fmt: skip
-    seen = None
-    if observed and plan is not None:
-        seen = observe(model, dense.sample.ids[:observed], block=_block(plan), progress=progress)
-
-    def run(is_dense: bool) -> dict[str, Any]:
-        what = "the dense model" if is_dense else "the model under its plan"
-        found = read_tokens(model, dense.sample, size, dense, likelihood=True, what=what, progress=progress)
-        difference, error = paired(found.nll, found.dense_nll)
-        return {
-            "perplexity": of_nlls(found.nll, model, dense.sample).to_dict(),
-            "fidelity": of_tokens(found, model, dense, dense.sample).to_dict(),
-            "nll_difference": difference,
-            "nll_difference_stderr": error,
-        }
-
-    return run, seen
-
-
-def _encoder(
-    model: Any, tokenizer: Any, data: Any, length: int, windows: int, observed: int, size: int, plan: Plan | None,
-    progress: Progress,
-) -> tuple[Run, Observation | None]:  # fmt: skip
-    text = data if isinstance(data, Text) else read_text(data, "test", progress=progress)
-    texts = passages(text, CHARACTERS * length, windows)
-    how: dict[str, Any] = {"length": length, "batch_size": size, "progress": progress}
-    dense = embed(model, tokenizer, texts, **how)
-    seen = None
-    if observed and plan is not None:
-        seen = observe(model, passage_batches(tokenizer, texts[:observed], length, size), block=_block(plan))
-
-    def run(is_dense: bool) -> dict[str, Any]:
-        vectors = dense if is_dense else embed(model, tokenizer, texts, **how)
-        about = {"text": text.name, "split": text.split, "sha256": text.sha256, "seqlen": length}
-        return {"embeddings": compare_embeddings(vectors, dense).to_dict() | about}
-
-    return run, seen
-
-
-def _translation(
-    model: Any, tokenizer: Any, pairs: Pairs, size: int, plan: Plan | None, progress: Progress
-) -> tuple[Run, Observation | None]:
-    dense = translate(model, tokenizer, pairs.sources, batch_size=size, progress=progress)
-    seen = None if plan is None else observe_pairs(model, tokenizer, pairs, block=_block(plan), batch_size=size)
-
-    def run(is_dense: bool) -> dict[str, Any]:
-        how: dict[str, Any] = {"batch_size": size, "progress": progress}
-        written = dense if is_dense else translate(model, tokenizer, pairs.sources, **how)
-        return {"translation": score_translations(written, pairs, dense).to_dict()}
-
-    return run, seen
+@torch.no_grad()
+def _reference_nlls(model: Any, batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    """Nats of every token of people's translations, sentence by sentence, when the model reads them so far."""
+    found = []
+    device = model.get_input_embeddings().weight.device
+    with evaluating(model):
+        for batch in batches:
+            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+            losses = -model(**inputs).logits.float().log_softmax(-1)
+            labels = batch["labels"]
+            own = losses.gather(-1, labels.clamp(min=0)[..., None].to(device))[..., 0].double().cpu()
+            found += [row[real] for row, real in zip(own, labels >= 0, strict=True)]
+    return found
 
 
 def observe_pairs(
@@ -314,9 +373,3 @@ def _kept(mask: SiteMask, site: SiteObservation, observed: int) -> torch.Tensor:
     factor = mask.block // observed
     keep = mask.layout(rows * observed, columns * observed).keep.cpu().expand(site.heads, -1, -1)
     return keep.repeat_interleave(factor, 1).repeat_interleave(factor, 2)[:, :rows, :columns]
-
-
-def _is_causal(model: Any) -> bool:
-    from secateur.attention.sites import find_sites
-
-    return any(site.causal for site in find_sites(model))
