@@ -136,9 +136,7 @@ def test_an_encoder_decoder_learns_from_pairs(family):
     written = {"decoder_input_ids": data["labels"].clamp(min=0)}
     plan = make_plan(observe(model, [read | written], block=2), 0.4, band=1)
     with torch.no_grad():
-        expected = [
-            model(**{key: value[row : row + 1] for key, value in data.items()}).loss.item() for row in range(4)
-        ]
+        expected = [model(**{key: value[row : row + 1] for key, value in data.items()}).loss.item() for row in range(4)]
     options = Recovery(train=("all",), steps=10, batch_size=4, lr=0.01, warmup=0.2)
     done = train_with_plan(model, None, data, plan, options, held_out=data)
     assert done.dense["loss"] == pytest.approx(sum(expected) / 4, rel=1e-4)

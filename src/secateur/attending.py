@@ -1,10 +1,10 @@
 """train_with_plan(model, ...): a model trained with its attention mask on, by the loop that all recovery uses.
 
 The protocol of attention pruning: a mask that is the same for every input is fixed, and the model learns under it
-(Rugina et al. 2020, arXiv:2012.02030, section 3, where whole models are trained so from the start or from a checkpoint).
-Here what is trained is chosen as in recovery (PERP, arXiv:2312.15230): adapters, norms, biases or everything. The
-objective is that of the text, of agreement with the dense model, or of its hidden states, block by block, which needs
-neither a head nor labels and so suits encoders too.
+(Rugina et al. 2020, arXiv:2012.02030, whose released code trains whole models so, anew or from a checkpoint). Here
+what is trained is chosen as in recovery (PERP, arXiv:2312.15230): adapters, norms, biases or everything. The objective
+is that of the text, of agreement with the dense model, or of its hidden states, block by block, which needs neither a
+head nor labels and so suits encoders too.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class PlanTraining:
 
     `recovery` has what was trained and the losses; its held-out loss `before` is with the mask on and nothing trained.
     `dense` has the held-out loss (nats per token) and perplexity without the mask before training, None without
-    held-out windows. `density` is that of the plan at the training length; `backends` counts the attention calls by how they were computed.
+    held-out windows. `density` is that of the plan at the training length; `backends` counts the attention calls by
+    how they were computed.
     """
 
     recovery: RecoverResult
@@ -227,5 +228,3 @@ def _fingerprint(plan: Plan) -> str:
         for part, tensor in sorted(mask.tensors().items()):
             digest.update(f"{part}{tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
-
-

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from attention_seen import decoder, maps, observation, seen
+from attention_seen import decoder, observation, seen
 from families import ids, make
 
 from secateur.attention.analysis import analyse, gini
@@ -23,7 +23,11 @@ def test_concentration_by_entry():
     given, whole = decoder(layers=1, block=1, length=12)
     allowed = torch.ones(12, 12, dtype=torch.bool).tril()
     found = analyse(given).sites[0]
-    for level, shares in ((0.9, found.concentration_90), (0.95, found.concentration_95), (0.99, found.concentration_99)):
+    for level, shares in (
+        (0.9, found.concentration_90),
+        (0.95, found.concentration_95),
+        (0.99, found.concentration_99),
+    ):
         for head in range(4):
             entries = np.sort(whole["layers.0"].mean(0)[head][allowed].numpy())[::-1]
             need = int(np.searchsorted(np.cumsum(entries) / entries.sum(), level)) + 1

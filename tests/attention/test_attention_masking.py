@@ -181,8 +181,12 @@ def test_heads_of_a_group_can_share_a_mask(kind):
     assert torch.equal(keep[0], keep[1]) and torch.equal(keep[2], keep[3]) and not torch.equal(keep[0], keep[2])
     if kind == "absolute":
         assert int(keep.sum()) == 84 - 20  # 21, of which the last would need a pair
-        pair = [tile_score(whole["layers.0"], 0, r, c) + tile_score(whole["layers.0"], 1, r, c) for r, c in causal_tiles()]
-        other = [tile_score(whole["layers.0"], 2, r, c) + tile_score(whole["layers.0"], 3, r, c) for r, c in causal_tiles()]
+        pair = [
+            tile_score(whole["layers.0"], 0, r, c) + tile_score(whole["layers.0"], 1, r, c) for r, c in causal_tiles()
+        ]
+        other = [
+            tile_score(whole["layers.0"], 2, r, c) + tile_score(whole["layers.0"], 3, r, c) for r, c in causal_tiles()
+        ]
         free = [one for one, (r, c) in enumerate(causal_tiles()) if r != c and c]
         kept = [[bool(keep[head, r, c]) for r, c in causal_tiles()] for head in (0, 2)]
         scored = [(score[one], kept[i][one]) for i, score in enumerate((pair, other)) for one in free]

@@ -13,10 +13,17 @@ from secateur.attention.sites import find_sites
 from secateur.data.calibration import Calibration
 from secateur.errors import InvalidParameter, ModelNotSupported, TextTooShort, UsageError
 
-DECODERS = "llama mistral qwen2 qwen3 gemma3 phi3 opt gpt2 gpt_neox mixtral qwen3_moe jamba zamba2".split()
+DECODERS = [
+    "llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "opt",
+    "gpt2", "gpt_neox", "mixtral", "qwen3_moe", "jamba", "zamba2",
+]  # fmt: skip
 ENCODERS = ("bert", "albert")
 PAIRS = ("t5", "marian")
-SITES = {"encoder-self": "encoder_attentions", "decoder-self": "decoder_attentions", "decoder-cross": "cross_attentions"}
+SITES = {
+    "encoder-self": "encoder_attentions",
+    "decoder-self": "decoder_attentions",
+    "decoder-cross": "cross_attentions",
+}
 
 
 def model_of(family):

@@ -67,7 +67,9 @@ def test_half_precision_is_summed_in_fp32():
     allowed = causal_pairs(64, 64)
     found = attention_tiles(query, key, 0.5, 8, allowed=lambda rows: allowed[rows])
     assert found.mass.dtype == torch.float32
-    torch.testing.assert_close(found.mass.double(), naive_tiles(whole(query, key, 0.5, allowed), 8), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found.mass.double(), naive_tiles(whole(query, key, 0.5, allowed), 8), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_ragged_sums():

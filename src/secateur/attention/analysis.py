@@ -184,9 +184,10 @@ def _analyse(site: SiteObservation, ordinal: int, kept: Heads | None) -> SiteAna
     monotone = alignment = None
     if site.family == "decoder-cross":
         monotone, alignment = (_floats(values) for values in _path(site))
-    levels = [_floats(concentration(site, level)) for level in LEVELS]
+    some, most, nearly_all = (_floats(concentration(site, level)) for level in LEVELS)
     return SiteAnalysis(
-        site.name, site.family, ordinal, *levels,
+        name=site.name, family=site.family, ordinal=ordinal,
+        concentration_90=some, concentration_95=most, concentration_99=nearly_all,
         entropy=_floats(site.fact("entropy")),
         span=_floats(site.fact("distance")),
         first=_floats(site.fact("first")),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import UnknownName, UsageError
 from ..kernels.block_attention import BACKENDS, BlockLayout, block_attention, choose_backend
-from .decode import decode
+from .decode import Row, decode, row_of
 from .definition import attend
 from .hooks import AttentionCall, intercept
 from .plan import Plan
@@ -89,7 +89,7 @@ def attached(model: nn.Module, plan: Plan, backend: str = "auto") -> Iterator[At
             if backend not in ("auto", "reference"):
                 raise UsageError(f"The backend '{backend}' cannot run {call.site.name}: {reason}. Take 'auto'.")
             said.reasons[reason] += 1
-        elif reason == _DECODED and (row := decode(call, masked.on(call.query.device))) is not None:
+        elif reason == _DECODED and (row := decode(call, masked.row(call))) is not None:
             said.backends["decode"] += 1
             return row
         said.backends["entries"] += 1
@@ -127,6 +127,7 @@ class _Masked:
 
     def __init__(self, mask: SiteMask) -> None:
         self.mask = mask
+        self.last: Row | None = None
         self.layouts: OrderedDict[tuple[int, int, int, torch.device], BlockLayout] = OrderedDict()
 
     def on(self, device: torch.device) -> SiteMask:
@@ -145,6 +146,10 @@ class _Masked:
                 self.layouts.popitem(last=False)
         self.layouts.move_to_end(key)
         return self.layouts[key]
+
+    def row(self, call: AttentionCall) -> Row:
+        self.last = row_of(call, self.on(call.query.device), self.last)
+        return self.last
 
     def entries(self, call: AttentionCall) -> _Entries:
         keys = call.key_positions.clamp(min=0)

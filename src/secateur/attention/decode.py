@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,37 +14,53 @@ from .site_mask import SiteMask
 WORTH = 0.7  # above this share of kept keys, reading all of them is faster
 
 
-def decode(call: AttentionCall, mask: SiteMask) -> Tensor | None:
-    """Attention of one query per sequence; None if too little is saved.
-
-    The heads that read one key head share what is gathered for it: the union of their blocks.
+@dataclass(frozen=True, eq=False)
+class Row:
+    """What one block of queries keeps; the same for every query in it.
 
     Args:
-        call: with one query, regular and plain.
-        mask: of its site, on its device.
+        place: the block of the query, and how many blocks of keys there are.
+        index: int64 (kv heads, n), the keys to gather: the union of what the heads of a group keep, whole blocks.
+        keep: bool (kv heads, heads of a group, n), which of those each head keeps.
+    """
+
+    place: tuple[int, int]
+    index: Tensor
+    keep: Tensor
+
+
+def row_of(call: AttentionCall, mask: SiteMask, last: Row | None = None) -> Row:
+    """The row of a call with one query, regular and plain; `last` itself if that still holds."""
+    assert call.offset is not None
+    block, groups = mask.block, call.key.shape[1]
+    place = call.offset // block, -(-visible(call) // block)
+    if last is not None and last.place == place:
+        return last
+    device = call.key.device
+    kept = mask.blocks(torch.tensor([place[0]], device=device), torch.arange(place[1], device=device))[:, 0]
+    kept = kept.expand(call.query.shape[1], -1).reshape(groups, -1, place[1])
+    union = kept.any(1)
+    most = int(union.sum(1).max())
+    blocks = union.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # kept ones first, in order
+    index = (blocks[..., None] * block + torch.arange(block, device=device)).flatten(1)
+    keep = kept.gather(2, blocks[:, None].expand(-1, kept.shape[1], -1)).repeat_interleave(block, 2)
+    return Row(place, index, keep)
+
+
+def decode(call: AttentionCall, row: Row) -> Tensor | None:
+    """Attention of one query per sequence over the row's keys; None if too little is saved.
 
     Returns:
         (batch, 1, heads, head size of the values).
     """
-    assert call.offset is not None
-    device, seen, block = call.key.device, visible(call), mask.block
-    groups = call.key.shape[1]
-    columns = torch.arange(-(-seen // block), device=device)
-    row = mask.blocks(torch.tensor([call.offset // block], device=device), columns)[:, 0]
-    row = row.expand(call.query.shape[1], -1).reshape(groups, -1, len(columns))
-    union = row.any(1)
-    most = int(union.sum(1).max())
-    if most * block > WORTH * seen:
+    seen, groups = visible(call), call.key.shape[1]
+    if row.index.shape[1] > WORTH * seen:
         return None
-    blocks = union.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # kept ones first
-    index = (blocks[..., None] * block + torch.arange(block, device=device)).flatten(1)
-    keep = row.gather(2, blocks[:, None].expand(-1, row.shape[1], -1)).repeat_interleave(block, 2)
-    keep = (keep & (index < seen)[:, None])[None]
-    index = index.clamp(max=seen - 1)
+    keep = (row.keep & (row.index < seen)[:, None])[None]
+    index = row.index.clamp(max=seen - 1)
     if call.key_keep is not None:
         keep = keep & call.key_keep[:, index][:, :, None]
-    head = torch.arange(groups, device=device)[:, None]
-    output = masked(
-        pack(call.query, groups), call.key[:, head, index], call.value[:, head, index], keep, None, scale=call.scaling
-    )
+    head = torch.arange(groups, device=index.device)[:, None]
+    key, value = call.key[:, head, index], call.value[:, head, index]
+    output = masked(pack(call.query, groups), key, value, keep, None, scale=call.scaling)
     return output.flatten(1, 2)[:, None]

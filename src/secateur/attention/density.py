@@ -4,6 +4,8 @@
     paper       1 - kept pairs / all pairs of the rectangle    a causal mask alone has 50 % of a square
     block       kept blocks / blocks that may meet             what a kernel computes, at the block it runs
     at 128      the same with blocks of 128 tokens, one kept part being enough: what a kernel with such blocks computes
+
+Pairs and blocks are counted over the heads of a site, a kind of attention, or all of a model.
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ def plan_report(plan: Plan, length: int | None = None, *, keys: int | None = Non
     >>> site = Site("a", "decoder", "self", 0, 2, 1, 4, True)
     >>> band = SiteMask("toeplitz", 64, causal=True, offsets=torch.tensor([[True, False, False, False]]))
     >>> print(plan_report(Plan("llama", "Llama", (site,), {"a": band}), 256))
-    at 256 tokens 74.71 % of what may meet is dropped (87.30 % of all pairs); 40.00 % of the blocks of 64 are computed...
+    at 256 tokens 74.71 % of what may meet is dropped (87.30 % of all pairs); 40.00 % of the blocks of 64 are ...
     """
     sizes = extents(plan, length, keys)
     block = next((mask.block for mask in plan.sites.values()), None)

@@ -84,7 +84,8 @@ class Masking:
         for kind, value, known in (
             ("kind of attention mask", self.kind, KINDS), ("kind of attention mask", self.cross, KINDS),
             ("pool", self.pool, POOLS), ("population", self.population, POPULATIONS), ("block rule", self.rule, RULES),
-            ("value of share", self.share, ("head", "kv_group")), ("value of extend", self.extend, ("refuse", "diagonal")),
+            ("value of share", self.share, ("head", "kv_group")),
+            ("value of extend", self.extend, ("refuse", "diagonal")),
             *(("kind of attention", word, FAMILIES) for word in chosen),
         ):  # fmt: skip
             if value not in known:
@@ -97,7 +98,9 @@ class Masking:
         used = {self.cross if word == "decoder-cross" else self.kind for word in chosen}
         for name, value in (("population", self.population), ("rule", self.rule)):
             if value in ("paper", "any") and used != {"absolute"}:
-                raise UsageError(f"The {name} '{value}' is defined for masks of kind absolute: ask for --kind absolute.")
+                raise UsageError(
+                    f"The {name} '{value}' is defined for masks of kind absolute: ask for --kind absolute."
+                )
         if self.share == "kv_group" and self.pool == "head":
             raise UsageError("Heads that share a mask cannot have a pool each: take --pool kv_group, or layer.")
 
@@ -153,7 +156,8 @@ def make_plan(
     record = {
         "masking": masking.to_dict(), "length": chosen, "block": block, "observed_block": observation.block,
         "observed": {name: site.sequences for name, site in seen.items()},
-        "sizes": {name: _size(site, observation.block, chosen) for name, site in observation.at(length).items()}, "text": dict(observation.text),
+        "sizes": {name: _size(site, observation.block, chosen) for name, site in observation.at(length).items()},
+        "text": dict(observation.text),
         "versions": dict(observation.versions),
     }  # fmt: skip
     model = observation.model
@@ -362,7 +366,12 @@ def _by_distance(site: SiteObservation, grid: _Grid, block: int, masking: Maskin
 
 
 def _mask(
-    site: SiteObservation, block: int, masking: Masking, rows: Tensor | None, offsets: Tensor | None = None, lowest: int = 0
+    site: SiteObservation,
+    block: int,
+    masking: Masking,
+    rows: Tensor | None,
+    offsets: Tensor | None = None,
+    lowest: int = 0,
 ) -> SiteMask:
     cross = site.family == "decoder-cross"
     kind: Any = "absolute" if offsets is None else "toeplitz" if rows is None else "hybrid"

@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from secateur.attention.definition import attend
 from secateur.attention.hooks import AttentionCall, intercept
 from secateur.attention.observation import Observation, SiteObservation, check_block
 from secateur.attention.sites import Site
-from secateur.attention.tiles import FACTS, Tiles, attention_tiles
+from secateur.attention.tiles import Tiles, attention_tiles
 from secateur.data.calibration import Calibration, ids_sha256
 from secateur.errors import InvalidParameter, NumericalFailure, TextTooShort, UsageError
 from secateur.progress import Progress, silent
@@ -93,7 +93,9 @@ def observe(
                     run(model, batch)
                     done += _rows(batch)
                     progress(done, total, f"observing attention at {length} tokens")
-            found[length] = {site.name: watcher.sums[site.name].result(site) for site in sites if site.name in watcher.sums}
+            found[length] = {
+                site.name: watcher.sums[site.name].result(site) for site in sites if site.name in watcher.sums
+            }
     observation = Observation(block, found, _identity(model, sites), _about(data))
     observation.at()
     return observation
@@ -115,7 +117,9 @@ def _runs(model: Any, data: Data, lengths: Sequence[int] | None, block: int, siz
         longest = max(value.shape[1] for batch in batches for name, value in batch.items() if name.endswith("ids"))
         return {_long_enough(longest, block): batches}
     if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
-        raise UsageError(f"Attention is observed on ids (n, tokens) int64; got {ids.dtype} of shape {tuple(ids.shape)}.")
+        raise UsageError(
+            f"Attention is observed on ids (n, tokens) int64; got {ids.dtype} of shape {tuple(ids.shape)}."
+        )
     if not ids.numel():
         raise UsageError("There are no token ids to observe attention on.")
     if getattr(model.config, "is_encoder_decoder", False):
@@ -150,7 +154,9 @@ def _ready(data: Any) -> list[Batch]:
     for batch in batches:
         fine = isinstance(batch, Mapping) and all(isinstance(value, Tensor) for value in batch.values())
         if not fine or not any(name.endswith("ids") for name in batch):
-            raise UsageError(f"Attention is observed on ids or on batches {{name: tensor}}; got {type(batch).__name__}.")
+            raise UsageError(
+                f"Attention is observed on ids or on batches {{name: tensor}}; got {type(batch).__name__}."
+            )
     if not batches:
         raise UsageError("The list of batches is empty: there is nothing to observe.")
     return batches
@@ -172,7 +178,7 @@ def _about(data: Data) -> dict[str, Any]:
     if isinstance(data, Tensor):
         return {"text": None, "samples": data.shape[0], "seqlen": data.shape[1], "sha256": ids_sha256(data)}
     ids = [value.flatten() for batch in data for name, value in batch.items() if name.endswith("ids")]
-    return {"text": None, "samples": sum(map(_rows, data)), "sha256": ids_sha256(torch.cat(ids))}  # type: ignore[arg-type]
+    return {"text": None, "samples": sum(map(_rows, data)), "sha256": ids_sha256(torch.cat(ids))}
 
 
 @dataclass
@@ -207,8 +213,11 @@ class _Sums:
         kept = {key: value.float() if value.is_floating_point() else value for key, value in self.tensors.items()}
         if not torch.isfinite(kept["mass"].sum(dtype=torch.float64)):
             raise NumericalFailure(f"The attention of {site.name} is not finite.")
-        facts = (site.name, site.family, site.heads, site.kv_heads, site.causal)
-        return SiteObservation(*facts, **kept, sequences=self.sequences)
+        return SiteObservation(
+            site.name, site.family, site.heads, site.kv_heads, site.causal,
+            mass=kept["mass"], square=kept["square"], count=kept["count"], area=kept["area"],
+            facts=kept["facts"], queries=kept["queries"], sequences=self.sequences,
+        )  # fmt: skip
 
 
 def _grown(total: Tensor, dim: int, size: int) -> Tensor:

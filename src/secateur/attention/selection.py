@@ -69,4 +69,6 @@ def above_percentile(score: Tensor, others: int, share: float) -> Tensor:
 def check_finite(score: Tensor) -> None:
     """Raise unless all scores are numbers."""
     if not torch.isfinite(score.sum(dtype=torch.float64)):
-        raise NumericalFailure(f"{int((~torch.isfinite(score)).sum())} of {score.numel()} attention scores are not finite")
+        raise NumericalFailure(
+            f"{int((~torch.isfinite(score)).sum())} of {score.numel()} attention scores are not finite"
+        )

@@ -18,7 +18,8 @@ from torch.nn.functional import pad
 
 FACTS = ("entropy", "distance", "first", "itself")
 """Of a query i: the entropy of its row in nats, E|i - j| in tokens, its mass on key 0, its mass on key i."""
-BUDGET = 1 << 26  # bytes that one chunk of scores may take
+CACHED, ON_DEVICE = 1 << 20, 1 << 28  # bytes that one chunk of scores may take: small enough for a processor's cache
+LOW = -1e30  # for a score that does not count: its weight is exactly 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,7 @@ def attention_tiles(
     *,
     allowed: Callable[[slice], Tensor],
     bias: Tensor | None = None,
-    budget: int = BUDGET,
+    budget: int | None = None,
 ) -> Tiles:
     """Tile sums of one sequence, in fp32 whatever the dtype.
 
@@ -92,7 +93,7 @@ def attention_tiles(
         allowed: rows of queries -> bool (rows, keys), True where they may meet. A query that may see nothing gives
             no mass.
         bias: (heads or 1, queries, keys), added before the softmax.
-        budget: bytes of scores in a chunk.
+        budget: bytes of scores in a chunk; by default what suits the device.
 
     Returns:
         Mass and counts; rows and columns are blocks counted from position 0.
@@ -105,6 +106,7 @@ def attention_tiles(
     heads, queries, _ = query.shape
     keys, group = key.shape[1], heads // key.shape[0]
     rows, columns = blocks(queries, block), blocks(keys, block)
+    budget = budget or (CACHED if query.device.type == "cpu" else ON_DEVICE)
     step = max(1, budget // (4 * keys * group) // block) * block
     mass = torch.zeros(heads, rows, columns, device=query.device)
     facts = torch.zeros(heads, rows, len(FACTS), device=query.device)
@@ -145,10 +147,16 @@ def lengths(tokens: int, block: int, device: torch.device | None = None) -> Tens
 
 def _softmax(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """(heads, queries, keys) weights and (heads, queries) entropies in nats; rows without a key are zero."""
-    scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+    partial = (~mask.all(0)).nonzero()
+    if len(partial):
+        behind = slice(int(partial[0]), None)  # the columns before it are seen by all
+        scores[..., behind].masked_fill_(~mask[:, behind], LOW)
     lse = scores.logsumexp(-1, keepdim=True)
-    weights = (scores - lse).exp_().masked_fill_(~mask, 0.0)
-    surprise = (lse - scores).masked_fill_(~mask, 0.0)
+    surprise = lse - scores
+    weights = scores.sub_(lse).exp_()
+    dead = ~mask.any(1)
+    if bool(dead.any()):
+        weights[:, dead] = 0.0
     return weights, surprise.mul_(weights).sum(-1)
 
 

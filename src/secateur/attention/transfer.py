@@ -74,7 +74,9 @@ def overlap(one: Plan, other: Plan, length: int, *, keys: int | None = None) -> 
     for name, site in sites.items():
         masks = (one.sites[name], other.sites[name])
         if masks[0].block != masks[1].block:
-            raise UsageError(f"The plans have blocks of {masks[0].block} and {masks[1].block}: they cannot be compared.")
+            raise UsageError(
+                f"The plans have blocks of {masks[0].block} and {masks[1].block}: they cannot be compared."
+            )
         wide = (keys or length) if site.kind == "cross" else length
         a, b = (mask.layout(length, wide).keep.cpu().expand(site.heads, -1, -1) for mask in masks)
         common = _always(masks, a.shape[1], a.shape[2])
