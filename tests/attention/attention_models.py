@@ -1,5 +1,6 @@
 """Tiny models with attention to prune, plans for them, and masked attention written plainly."""
 
+import functools
 import random
 from contextlib import contextmanager
 
@@ -82,16 +83,17 @@ def keep_all(model):
 
 def kept(mask, head, query, key):
     """The rule of a `SiteMask` for one pair of positions, from its words."""
-    head_of = {name: min(head, tensor.shape[0] - 1) for name, tensor in mask.tensors().items()}
+    part = _lists(mask)
     row, column = query // mask.block, key // mask.block
     if mask.causal and key > query:
         return False
     if (column == 0) if mask.cross else (row == column):
         return True
-    if mask.sinks is not None and column < mask.sinks.shape[1] and bool(mask.sinks[head_of["sinks"], column]):
+    sinks = part["sinks"][head % len(part["sinks"])] if "sinks" in part else []
+    if column < len(sinks) and sinks[column]:
         return True
-    if mask.rows is not None:
-        rows = mask.rows[head_of["rows"]].tolist()
+    if "rows" in part:
+        rows = part["rows"][head % len(part["rows"])]
         if row < len(rows) and column < len(rows[0]):
             return rows[row][column]
         if mask.kind == "absolute":
@@ -99,8 +101,13 @@ def kept(mask, head, query, key):
                 moved = column - (row - (len(rows) - 1))
                 return 0 <= moved < len(rows[0]) and rows[-1][moved]
             return False
-    at = row - column - mask.lowest
-    return 0 <= at < mask.offsets.shape[1] and bool(mask.offsets[head_of["offsets"], at])
+    offsets, at = part["offsets"][head % len(part["offsets"])], row - column - mask.lowest
+    return 0 <= at < len(offsets) and offsets[at]
+
+
+@functools.lru_cache(maxsize=64)
+def _lists(mask):
+    return {name: tensor.tolist() for name, tensor in mask.tensors().items()}
 
 
 def pairs(mask, heads, queries, keys, offset=0):

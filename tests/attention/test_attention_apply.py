@@ -183,6 +183,29 @@ def test_a_target_padded_on_the_left_moves_the_mask_of_cross_attention_too(kind)
     torch.testing.assert_close(batch[:1, 6:], alone, **CLOSE)
 
 
+def test_a_mask_made_by_the_caller_and_its_position_ids_are_enough():
+    model, tokens, memory = attention_model("llama"), ids(2, 20), DynamicCache()
+    real = torch.ones(2, 20, dtype=torch.bool)
+    real[0, :7] = False
+    positions = (real.long().cumsum(-1) - 1).clamp(min=0)
+    mask = (real[:, None, None, :] & torch.ones(20, 20, dtype=torch.bool).tril()) | torch.eye(20, dtype=torch.bool)
+    with attached(model, random_plan(model, "hybrid")):
+        alone = logits(model, input_ids=tokens[:1, 7:])
+        whole = logits(model, input_ids=tokens, attention_mask=mask, position_ids=positions)
+        parts = [
+            logits(
+                model,
+                input_ids=tokens[:, a:b],
+                attention_mask=mask[:, :, a:b, :b],
+                position_ids=positions[:, a:b],
+                cache=memory,
+            )
+            for a, b in ((0, 9), (9, 13), (13, 14), (14, 20))
+        ]
+    torch.testing.assert_close(whole[:1, 7:], alone, **CLOSE)
+    torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], **CLOSE)
+
+
 def test_packed_sequences_begin_anew():
     model, tokens = attention_model("llama"), ids(1, 21)
     positions = torch.tensor([[*range(9), *range(12)]])

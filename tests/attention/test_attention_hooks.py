@@ -55,6 +55,12 @@ def test_sites_are_told_apart_by_module(family, counts):
     assert all("Attention" in type(model.get_submodule(site.name)).__name__ for site in sites)
 
 
+def test_a_count_that_the_modules_do_not_read_is_not_believed():
+    model = make("bert")
+    model.config.num_key_value_heads = 2
+    assert {site.kv_heads for site in find_sites(model)} == {4}
+
+
 def test_both_directions_if_the_config_says_so():
     model = make("llama")
     config = type(model.config)(**(model.config.to_dict() | {"is_causal": False}))
@@ -87,10 +93,8 @@ def test_an_argument_that_is_not_honoured_is_refused_not_ignored():
     model = make("llama")
     with intercept(model, attend), pytest.raises(ModelNotSupported, match="'softcap'"):
         model(ids(1, 5), softcap=30.0)
-    with intercept(model, attend), pytest.raises(ModelNotSupported, match="'output_attentions'"):
-        model.model.layers[0].self_attn(
-            torch.zeros(1, 3, 32), model.model.rotary_emb(torch.zeros(1), torch.arange(3)[None]), output_attentions=True
-        )
+    with intercept(model, attend), pytest.raises(UsageError, match="no maps: leave out output_attentions"):
+        model(ids(1, 5), output_attentions=True)
 
 
 def state(model):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelNotSupported, RunFailure
+from ..errors import ModelNotSupported, RunFailure, UsageError
 from ..models.attention_registry import MaskFacts, mask_facts, switched
 from .sites import Site, find_sites
 
@@ -126,7 +126,7 @@ def intercept(model: nn.Module, function: AttentionFunction) -> Iterator[tuple[S
     Raises:
         ModelNotSupported: as `find_sites`; during a forward pass: an argument that attention functions may be given
             and this one does not honour, or positions that cannot be told.
-        UsageError: the model's attention is replaced already.
+        UsageError: the model's attention is replaced already; during a forward pass: attention maps were asked for.
     """
     sites = find_sites(model)
     modules = dict(model.named_modules())
@@ -238,6 +238,8 @@ class _Reader:
 
     def _check(self, query: Tensor, key: Tensor, rest: dict[str, Any]) -> None:
         site, shape = self.site, (query.shape[1], key.shape[1])
+        if rest.get("output_attentions"):
+            raise UsageError("Attention that is replaced returns no maps: leave out output_attentions.")
         for name, value in rest.items():
             if name not in _HARMLESS and value is not None and value is not False:
                 raise ModelNotSupported(f"{site.name} attends with '{name}', which block masks do not honour.")

@@ -82,9 +82,7 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
         causal = kind == "self" and _is_causal(module)
         stack: Stack = "decoder" if causal or kind == "cross" else "encoder"
         heads = _number(name, module, "num_heads", "n_heads", "num_attention_heads")
-        kv_heads = _number(name, module, "num_key_value_heads", default=heads)
-        if groups := getattr(module, "num_key_value_groups", None):
-            kv_heads = heads // groups
+        kv_heads = _kv_heads(module, heads)
         size = _number(name, module, "head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "d_kv")
         sites.append(Site(name, stack, kind, counts[stack, kind], heads, kv_heads, size, causal))
         counts[stack, kind] += 1
@@ -126,12 +124,17 @@ def _is_causal(module: nn.Module) -> bool:
     return bool(getattr(module, "is_causal", True)) and not both_ways
 
 
-def _number(name: str, module: Any, *names: str, default: int | None = None) -> int:
+def _kv_heads(module: Any, heads: int) -> int:
+    """As the module itself says: configs carry counts that their modules do not read."""
+    if groups := getattr(module, "num_key_value_groups", None):
+        return heads // int(groups)
+    return int(getattr(module, "num_key_value_heads", None) or heads)
+
+
+def _number(name: str, module: Any, *names: str) -> int:
     for holder in (module, getattr(module, "config", None)):
         for attribute in names:
             value = getattr(holder, attribute, None)
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
-    if default is None:
-        raise ModelNotSupported(f"{name}: cannot read its shape (looked for {', '.join(names)}).")
-    return default
+    raise ModelNotSupported(f"{name}: cannot read its shape (looked for {', '.join(names)}).")
