@@ -10,16 +10,25 @@ The definition is `reference`; the others give the same numbers and skip the res
 
 from __future__ import annotations
 
+import os
+import warnings
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
 from secateur.errors import UnknownName, UsageError
+from secateur.kernels.block_attention.gather import gathered_attention
 from secateur.kernels.block_attention.layout import BlockLayout, blocks_of
-from secateur.kernels.block_attention.reference import reference
+from secateur.kernels.block_attention.reference import reference_attention
 
-__all__ = ["BACKENDS", "BlockLayout", "block_attention", "blocks_of", "choose_backend"]
+__all__ = ["BACKENDS", "BlockLayout", "block_attention", "blocks_of", "choose_backend", "refusal"]
 
 BACKENDS = ("triton", "flex", "gather", "reference")
+
+LONG = 1024  # from this length on compiling FlexAttention for a CPU pays
+SHORT = 256  # below this length gathering does not
+DENSE = 0.4  # above this density neither does it
 
 
 def block_attention(
@@ -57,19 +66,92 @@ def block_attention(
     check(query, key, value, layout, key_keep)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    needs_grad = any(t.requires_grad for t in (query, key, value))
-    if backend == "auto":
-        backend = choose_backend(query, key, layout, key_keep, needs_grad)
-    elif backend not in BACKENDS:
-        raise UnknownName("attention backend", backend, (*BACKENDS, "auto"))
-    return reference(query, key, value, layout, scale, key_keep)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    chosen = choose_backend(query, key, layout, key_keep, needs_grad) if backend == "auto" else backend
+    if backend != "auto" and (reason := refusal(backend, query, layout, key_keep, needs_grad)):
+        raise UsageError(f"The attention backend '{backend}' cannot take this: {reason}.")
+    if chosen == "triton":
+        from secateur.kernels.block_attention.triton import triton_attention
+
+        return triton_attention(query, key, value, layout, scale, key_keep)
+    if chosen == "flex":
+        from secateur.kernels.block_attention.flex import CannotCompile, flex_attention
+
+        try:
+            return flex_attention(query, key, value, layout, scale)
+        except CannotCompile as error:
+            if backend != "auto":
+                raise
+            warnings.warn(str(error), stacklevel=2)
+            chosen = "gather"
+    if chosen == "gather":
+        return gathered_attention(query, key, value, layout, scale, key_keep)
+    return reference_attention(query, key, value, layout, scale, key_keep)
 
 
 def choose_backend(
     query: Tensor, key: Tensor, layout: BlockLayout, key_keep: Tensor | None = None, needs_grad: bool = False
 ) -> str:
-    """The fastest backend for these tensors."""
-    return "reference"
+    """The backend that is fastest for these tensors, of those that can take them.
+
+    >>> layout = BlockLayout(torch.ones(1, 1, 1, dtype=torch.bool), block=64, queries=8, keys=8)
+    >>> choose_backend(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), layout)
+    'reference'
+    """
+    able = [name for name in BACKENDS if refusal(name, query, layout, key_keep, needs_grad) is None]
+    if query.device.type == "cuda":
+        able = [name for name in able if name != "flex" or "triton" not in able]
+    elif layout.queries * layout.keys < LONG * LONG:  # compiling takes ten seconds, once; short lengths never repay it
+        able = [name for name in able if name != "flex"]
+    if layout.queries * layout.keys < SHORT * SHORT or layout.density() > DENSE:
+        able = [name for name in able if name != "gather"]
+    return able[0]
+
+
+def refusal(
+    backend: str, query: Tensor, layout: BlockLayout, key_keep: Tensor | None = None, needs_grad: bool = False
+) -> str | None:
+    """Why a backend cannot take these tensors, and what can; None where it can.
+
+    Raises:
+        UnknownName: no such backend.
+
+    >>> layout = BlockLayout(torch.ones(1, 1, 1, dtype=torch.bool), block=64, queries=8, keys=8)
+    >>> refusal("triton", torch.zeros(1, 1, 8, 8, dtype=torch.float64), layout)
+    'it computes in float16, bfloat16 and float32, not torch.float64: use gather or reference'
+    """
+    if backend not in BACKENDS:
+        raise UnknownName("attention backend", backend, (*BACKENDS, "auto"))
+    if backend in ("gather", "reference"):
+        return None
+    on_cpu, size, otherwise = query.device.type == "cpu", query.shape[-1], ": use gather or reference"
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it computes in float16, bfloat16 and float32, not {query.dtype}{otherwise}"
+    if backend == "triton":
+        if find_spec("triton") is None:
+            return f"Triton is not installed (pip install triton){otherwise}"
+        if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"it runs on CUDA devices, not on {query.device.type}{', unless interpreted' * on_cpu}{otherwise}"
+        if layout.block < 16 or layout.block & (layout.block - 1):
+            return f"its blocks are powers of two from 16 on, not {layout.block}{otherwise}"
+        return f"its heads have at most 128 numbers, not {size}{otherwise}" if size > 128 else None
+    from secateur.kernels.block_attention.flex import cannot_compile, odd_tail
+
+    if query.device.type not in ("cpu", "cuda"):
+        return f"it runs on CPU and CUDA devices, not on {query.device.type}{otherwise}"
+    if key_keep is not None:
+        return f"it does not take padding (key_keep){otherwise}"
+    if on_cpu and needs_grad:
+        return f"on a CPU it has no gradients{otherwise}"
+    if odd_tail(layout):
+        return f"the queries go past a ragged end of the keys{otherwise}"
+    if layout.queries == 1:
+        return f"it takes more than one query{otherwise}"
+    if not on_cpu and (layout.block < 16 or layout.block & (layout.block - 1)):
+        return f"on CUDA its blocks are powers of two from 16 on, not {layout.block}{otherwise}"
+    if on_cpu and (reason := cannot_compile()):
+        return f"{reason}{otherwise}"
+    return None
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, key_keep: Tensor | None) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import warnings
 import weakref
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def odd_tail(layout: BlockLayout) -> bool:
     return layout.causal and layout.keys % layout.block != 0 and last_row > layout.keys // layout.block
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float) -> Tensor:
+def flex_attention(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float) -> Tensor:
     """Attention (B, Hq, Q, D) by FlexAttention.
 
     Raises:
@@ -57,10 +58,11 @@ def flex(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: 
     options = None
     if query.device.type == "cuda" and layout.block < 128:
         options = {"BLOCK_M": layout.block, "BLOCK_N": min(layout.block, 64)}
-    limits = torch._dynamo.config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=8 * SHAPES)
+    attention = _attention()
     try:
-        with limits:
-            out: Tensor = _attention()(
+        with torch._dynamo.config.patch(recompile_limit=SHAPES), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch's, of itself
+            out: Tensor = attention(
                 query,
                 key,
                 value,
@@ -70,7 +72,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: 
                 kernel_options=options,
             )
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise CannotCompile(f"FlexAttention could not be compiled: {reason} Use the backend 'gather'.") from error
     return out[:, :, ahead:]
 
@@ -78,18 +80,20 @@ def flex(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: 
 @lru_cache(maxsize=1)
 def _attention() -> Callable[..., Any]:
     import torch._dynamo
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention import flex_attention as module
 
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return torch.compile(module.flex_attention, dynamic=True, fullgraph=True)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _mask(block: int, causal: bool) -> Callable[..., Tensor]:
     """What is allowed inside a block that is not full. Causality cuts blocks on the diagonal only; ragged ends are
     FlexAttention's own care. So no positions come in, and one function does for all lengths and offsets."""
 
     def on_diagonal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return query % block >= key % block
+        if block & (block - 1):
+            return query % block >= key % block
+        return query & (block - 1) >= key & (block - 1)  # a division an entry takes as long as the rest of the block
 
     def everywhere(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return query >= 0

@@ -1,7 +1,7 @@
 """The kept blocks of every row gathered side by side, then dense attention over them: any device, with gradients.
 
-Rows of similar length share a bucket, padded to its longest, and a bucket is one call. Copying the blocks costs time, so
-this beats a mask from about 60 % sparsity on, not before.
+Rows of similar length share a bucket, padded to its longest, and a bucket is one call. Copying the blocks costs time,
+so this beats a mask from about 60 % sparsity on, not before.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from torch.nn import functional
 
 from secateur.kernels.block_attention.compiled import compiled
 from secateur.kernels.block_attention.layout import BlockLayout
-from secateur.kernels.block_attention.reference import masked
+from secateur.kernels.block_attention.reference import masked, reference_attention
 
 RATIO = 1.25  # the longest row of a bucket against its shortest
 ENTRIES = 1 << 22  # gathered keys of a bucket, in numbers: a few megabytes stay in the cache
 
 
-def gather(
+def gathered_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, key_keep: Tensor | None
 ) -> Tensor:
     """Attention (B, Hq, Q, D) by gathering."""
@@ -58,7 +58,7 @@ def gather(
             outputs.append(masked(some_q, some_k, some_v, mask, scale))
         lines.append(line)
     if not outputs:
-        return query * 0
+        return reference_attention(query, key, value, layout, scale, key_keep)
     at = torch.full((heads * lists.rows,), sum(map(len, lines)), device=query.device)  # rows without blocks: zeros
     at[torch.cat(lines)] = torch.arange(sum(map(len, lines)), device=query.device)
     nothing = query.new_zeros(batch, 1, block, size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -88,6 +89,10 @@ class BlockLayout:
 
     def density(self) -> float:
         """Share of the possible blocks that are computed: 1 minus the block sparsity."""
+        return self._density
+
+    @cached_property
+    def _density(self) -> float:
         possible = self.possible()
         return ((self.keep & possible).sum() / (self.heads * possible.sum())).item()
 

@@ -17,7 +17,7 @@ from secateur.kernels.block_attention.layout import BlockLayout
 ENTRIES = 1 << 24  # of the mask at a time
 
 
-def reference(
+def reference_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, key_keep: Tensor | None
 ) -> Tensor:
     """Attention (B, Hq, Q, D) by masking, a slice of the queries at a time."""

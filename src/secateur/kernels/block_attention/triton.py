@@ -67,7 +67,9 @@ def forward_tile(block: int, head_size: int, dtype: torch.dtype, group: int = 1)
     most = 64 if exact else 128  # fp32 is multiplied without tensor cores and takes twice the room
     queries = min(block, most)
     pack = packed(group, queries, most)
-    return Tile(queries, min(block, 32 if exact else 64), pack, 8 if wide and queries * pack == 128 else 4, 2 + (not wide))
+    return Tile(
+        queries, min(block, 32 if exact else 64), pack, 8 if wide and queries * pack == 128 else 4, 2 + (not wide)
+    )
 
 
 def query_gradient_tile(block: int, head_size: int, dtype: torch.dtype, group: int = 1) -> Tile:
@@ -90,7 +92,7 @@ def decode_tile(block: int, head_size: int, dtype: torch.dtype, group: int = 1) 
     return Tile(max(16, pack), min(block, 32 if dtype == torch.float32 else 64), pack, 4, 2)
 
 
-def block_attention_triton(
+def triton_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, key_keep: Tensor | None
 ) -> Tensor:
     """Attention (B, Hq, Q, D) with our own kernels; with gradients where they are wanted."""
