@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from secateur.attention.masking import Masking
 from secateur.cli.options import parse
-from secateur.cli.output import STDOUT, check_json, percent, print_table, provenance, write_json
+from secateur.cli.output import STDOUT, check_json, percent, print_table, provenance, warn, write_json
 from secateur.cli.request import check_count
 from secateur.errors import OutputExists, UsageError
+
+if TYPE_CHECKING:
+    from secateur.attention.density import PlanReport
 
 _UNSET = ""
 
@@ -66,6 +69,7 @@ def run(words: list[str]) -> int:
         "saved": str(saved),
         **provenance(["mask", *words], "attend"),
     }
+    _tell_unreached(options, report)
     if options.json:
         write_json(options.json, record)
     if options.json != STDOUT:
@@ -86,6 +90,20 @@ def run(words: list[str]) -> int:
         print_table(rows, ("attention", "sparsity", "paper's sparsity", block, "mass kept", "Gini over heads"))
         print(f"\n{report}\nsaved in {saved}")
     return 0
+
+
+def _tell_unreached(options: MaskOptions, report: PlanReport) -> None:
+    """Warn where what always stays is more than what was to be kept."""
+    if options.population != "possible" or not report.sites:
+        return
+    kept = sum(site.kept_blocks for site in report.sites.values())
+    dropped = 1 - kept / sum(site.possible_blocks for site in report.sites.values())
+    if dropped < options.sparsity - 0.01:
+        warn(
+            f"{percent(options.sparsity)} of the blocks were to be dropped and {percent(round(dropped, 3))} are: the "
+            "diagonal, the sinks and the band always stay. Observe with smaller blocks or at more tokens, or take a "
+            "smaller --band."
+        )
 
 
 def _check(options: MaskOptions) -> Path:

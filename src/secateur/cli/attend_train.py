@@ -13,7 +13,7 @@ import tyro
 
 from secateur.cli.attend_observe import split_pairs
 from secateur.cli.options import given, parse
-from secateur.cli.output import STDOUT, check_json, percent, print_table, provenance, size, warn, write_json
+from secateur.cli.output import STDOUT, check_json, percent, print_table, provenance, say, size, warn, write_json
 from secateur.cli.progress_bar import ProgressBar, duration
 from secateur.cli.request import Opened, check_count, check_device, check_dtype, open_model
 from secateur.errors import UsageError
@@ -171,7 +171,11 @@ def _data(opened: Opened, options: TrainOptions, record: Mapping[str, Any], prog
     length = sequence_length(opened.tokenizer, model, options.seqlen or record.get("length"))
     found: list[Any] = []
     wanted = options.samples or min(options.steps * options.batch_size * options.accumulate, 512)
-    splits: tuple[tuple[Any, int], ...] = (("calibration", wanted), ("test", options.held_out))
+    measured = options.held_out
+    if measured and model.get_output_embeddings() is None:
+        say(f"{opened.name} predicts no tokens: no held-out loss is measured.")
+        measured = 0
+    splits: tuple[tuple[Any, int], ...] = (("calibration", wanted), ("test", measured))
     for split, count in splits:
         if not count:
             found.append(0)
