@@ -30,6 +30,7 @@ FLOORS = (  # from the ground up; a room is a folder, or the files that make one
         "recipe",
         "run",
         "report",
+        "plan_quality",
     ),
     ("cli __main__",),
     ("__init__",),

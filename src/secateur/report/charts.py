@@ -136,11 +136,13 @@ def panel(
     value: Callable[[float], str],
     nested: bool = False,
     height: int = 150,
+    across: str = "block",
 ) -> str:
     """One small chart: `lines` over depth, with the exact value of each point shown on hover.
 
     Args:
         value: how a y is written on hover.
+        across: what x is, a block or a share of that name.
         nested: later lines are thinner, so that lines that lie on each other stay visible.
         height: in SVG units; the width is WIDTH.
     """
@@ -155,15 +157,17 @@ def panel(
         parts.append(f'<path class="grid" d="M{LEFT} {up:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text class="end" x="{LEFT - 5}" y="{up + 3.5:.1f}">{escape(y.text(tick))}</text>')
     for tick in x.ticks:
-        across = at(tick, y.low)[0]
-        parts.append(f'<path class="tick" d="M{across:.1f} {TOP + tall}v3"/>')
-        parts.append(f'<text class="mid" x="{across:.1f}" y="{height - 8}">{escape(x.text(tick))}</text>')
-    parts.append(f'<text class="end" x="{LEFT - 5}" y="{height - 8}">block</text>')
+        along = at(tick, y.low)[0]
+        parts.append(f'<path class="tick" d="M{along:.1f} {TOP + tall}v3"/>')
+        parts.append(f'<text class="mid" x="{along:.1f}" y="{height - 8}">{escape(x.text(tick))}</text>')
+    if across == "block":
+        parts.append(f'<text class="end" x="{LEFT - 5}" y="{height - 8}">block</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {TOP + tall}H{WIDTH - RIGHT}"/>')
     for order, line in enumerate(lines):
         width = 1.5 + 3.8 * (len(lines) - 1 - order) / max(2, len(lines) - 1) if nested else 1.4
-        parts.append(f'<g class="{colour(line.style)}">{_line(line, at, value, width, nested)}</g>')
-    spoken = f"{title}: {', '.join(line.label for line in lines)}, over depth"
+        parts.append(f'<g class="{colour(line.style)}">{_line(line, at, value, width, nested, across)}</g>')
+    over = "depth" if across == "block" else across
+    spoken = f"{title}: {', '.join(line.label for line in lines)}, over {over}"
     return (
         f"<figure><figcaption>{escape(title)}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(spoken)}">'
@@ -177,6 +181,7 @@ def _line(
     value: Callable[[float], str],
     width: float,
     nested: bool,
+    across: str,
 ) -> str:
     columns: dict[float, list[float]] = {}
     for px, py in sorted(line.points):
@@ -191,7 +196,8 @@ def _line(
             top, foot = at(px, max(ys))[1], at(px, min(ys))[1]
             dots.append(f'<path class="range" d="M{cx:.1f} {top:.1f}V{foot:.1f}"/>')
         shape = "" if nested else _marker(line.style, cx, cy)
-        hover = f"{line.label}, block {px:g}: {said}"
+        place = f"block {px:g}" if across == "block" else f"{px:.1%} {across}"
+        hover = f"{line.label}, {place}: {said}"
         dots.append(
             f'<g class="dot">{shape}<circle class="hit" cx="{cx:.1f}" cy="{cy:.1f}" r="5"/>'
             f"<title>{escape(hover)}</title></g>"
