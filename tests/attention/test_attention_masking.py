@@ -166,6 +166,17 @@ def test_the_mean_square_may_be_the_score():
         assert gone == set(sorted(free, key=squares.__getitem__)[: round(21 * 0.3)])
 
 
+@pytest.mark.parametrize("kind", ["toeplitz", "absolute", "hybrid"])
+def test_the_band_is_three_quarters_of_what_a_row_may_keep(kind):
+    given, _ = decoder(layers=1, heads=2, length=96)
+    plan, wide, narrow = (make_plan(given, 0.5, kind=kind, **options) for options in ({}, {"band": 4}, {"band": 1}))
+    keep = keep_of(plan, 96)["layers.0"]  # 24 rows, 300 tiles: 150 stay, 24 of them sinks, 5.25 a row
+    assert torch.equal(keep, keep_of(wide, 96)["layers.0"])
+    assert all(keep.diagonal(-d, 1, 2).all() for d in range(4))
+    if kind == "absolute":
+        assert not all(keep_of(narrow, 96)["layers.0"].diagonal(-d, 1, 2).all() for d in range(4))
+
+
 def test_ties_go_by_position():
     one = torch.ones(6, dtype=torch.long)
     assert drop_lowest(torch.zeros(6), one, torch.zeros(6, dtype=torch.bool), 2).tolist() == [False] * 2 + [True] * 4
