@@ -165,7 +165,8 @@ def title_of(summary: Mapping[str, Any]) -> str:
     >>> title_of({"model": {"name": "a/b/c"}})
     'Does pruning make c safer?'
     """
-    return f"Does pruning make {Path(str(summary['model']['name'])).name} safer?"
+    name = Path(str(summary["model"]["name"])).name.removesuffix(".gguf")
+    return f"Does pruning make {name} safer?"
 
 
 def _check(options: StudyOptions) -> Path:

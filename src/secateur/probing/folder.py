@@ -57,7 +57,7 @@ class StudyFolder:
         return _read(self.file(arm, step))
 
     def write(self, arm: str, step: str, request: Mapping[str, Any], result: Any, **more: Any) -> None:
-        """Keep a step's result.
+        """Keep a step's result, with `more` about how it was made.
 
         Raises:
             SaveFailure: the disk is full or the folder cannot be written.

@@ -9,6 +9,7 @@ each has its own copy of the model, and the first one writes.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -196,9 +197,10 @@ class _Run:
             dense=lambda: self.predictions,
             progress=self._named(arm.name),
         )
+        begun = time.perf_counter()
         result = step.run(work)
         if parallel.rank() == 0:
-            self.folder.write(arm.name, step.name, step.request, result)
+            self.folder.write(arm.name, step.name, step.request, result, seconds=time.perf_counter() - begun)
 
     def _model_of(self, arm: Arm) -> PreTrainedModel:
         dense, tokenizer = self.opened

@@ -24,6 +24,7 @@ from secateur.safety.margin import summarise as margins_of
 from secateur.safety.shift import PARTS, Shifted, ShiftResult, compare_shift
 
 STUDY = "study"
+STEPS = ("answers", "margin", "focus", "shift", "text", "tasks", "gcg")
 Record = Mapping[str, Any]
 
 
@@ -92,13 +93,16 @@ def _arm(folder: StudyFolder, name: str, study: Record, warnings: list[str]) -> 
         found |= {"sparsity_layers": cut["sparsity"]["layers"], "sparsity_model": cut["sparsity"]["model"]}
         found["layers"] = len(cut["layers"])
         warnings += [f"{found['label']}: {text}" for text in cut["warnings"]]
+    found["seconds"] = {
+        step: record["seconds"] for step in STEPS if (record := folder.record(name, step)) and "seconds" in record
+    }
     if (written := folder.record(name, "answers")) is not None:
         found["answers"] = {key: value for key, value in written["result"].items() if key != "log"}
     return found
 
 
 def _unfinished(folder: StudyFolder, name: str, study: Record) -> bool:
-    steps = [step for step in ("answers", "margin", "focus", "shift", "tasks") if step in study["measures"]]
+    steps = [step for step in STEPS if step in study["measures"]]
     steps += ["text"] if {"perplexity", "fidelity"} & set(study["measures"]) else []
     steps += ["gcg"] if study["gcg"] else []
     return any(folder.record(name, step) is None for step in steps)

@@ -107,7 +107,7 @@ def _over_depth(found: Sequence[Any], labels: Mapping[str, str]) -> str:
             continue
         depth = charts.depth_axis(x for line in lines for x, _ in line.points)
         axis = charts.line_axis(seen, lambda v: f"{v:g}")
-        panels.append(charts.panel(heading, lines, depth, axis, value=lambda v: f"{v:.3f}"))
+        panels.append(charts.panel(heading, lines, depth, axis, value=lambda v: f"{v:.3f}", nested=True))
     if not panels:
         return ""
     keyed = "".join(

@@ -37,6 +37,7 @@ SAFETY_STYLE = """
 .floor { border-left-color: var(--warn); }
 td.left, th.left { text-align: left; }
 table.tight { width: auto; min-width: 50%; }
+.wide + .wide { margin-top: 18px; }
 table.safety, details table.safety { font-size: 14px; }
 td.estimate small { display: block; line-height: 1.2; }
 table.safety tbody th, table.safety td { vertical-align: top; }
