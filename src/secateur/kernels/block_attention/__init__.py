@@ -20,15 +20,14 @@ from torch import Tensor
 from secateur.errors import UnknownName, UsageError
 from secateur.kernels.block_attention.gather import gathered_attention
 from secateur.kernels.block_attention.layout import BlockLayout, blocks_of
-from secateur.kernels.block_attention.reference import reference_attention
+from secateur.kernels.block_attention.reference import is_dense, reference_attention
 
 __all__ = ["BACKENDS", "BlockLayout", "block_attention", "blocks_of", "choose_backend", "refusal"]
 
 BACKENDS = ("triton", "flex", "gather", "reference")
 
-LONG = 1024  # from this length on compiling FlexAttention for a CPU pays
+LONG = 2048  # from this length on FlexAttention pays on a CPU, where compiling takes ten seconds, once
 SHORT = 256  # below this length gathering does not
-DENSE = 0.4  # above this density neither does it
 
 
 def block_attention(
@@ -98,12 +97,13 @@ def choose_backend(
     >>> choose_backend(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), layout)
     'reference'
     """
+    if is_dense(layout, key_keep):
+        return "reference"
     able = [name for name in BACKENDS if refusal(name, query, layout, key_keep, needs_grad) is None]
-    if query.device.type == "cuda":
-        able = [name for name in able if name != "flex" or "triton" not in able]
-    elif layout.queries * layout.keys < LONG * LONG:  # compiling takes ten seconds, once; short lengths never repay it
+    on_cuda, size = query.device.type == "cuda", layout.queries * layout.keys
+    if "triton" in able or (not on_cuda and size < LONG * LONG):
         able = [name for name in able if name != "flex"]
-    if layout.queries * layout.keys < SHORT * SHORT or layout.density() > DENSE:
+    if size < SHORT * SHORT:
         able = [name for name in able if name != "gather"]
     return able[0]
 

@@ -1,7 +1,7 @@
 """The kept blocks of every row gathered side by side, then dense attention over them: any device, with gradients.
 
-Rows of similar length share a bucket, padded to its longest, and a bucket is one call. Copying the blocks costs time,
-so this beats a mask from about 60 % sparsity on, not before.
+Rows with as many blocks share a bucket, and a bucket is one call. In causal attention only blocks on the diagonal need
+a mask, and it is the same for all rows of a bucket; with padding every row has its own, which takes longer.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from secateur.kernels.block_attention.compiled import compiled
 from secateur.kernels.block_attention.layout import BlockLayout
 from secateur.kernels.block_attention.reference import masked, reference_attention
 
-RATIO = 1.25  # the longest row of a bucket against its shortest
-ENTRIES = 1 << 22  # gathered keys of a bucket, in numbers: a few megabytes stay in the cache
+ENTRIES = 1 << 20  # gathered keys of a bucket, in numbers: a few megabytes stay in the cache
 
 
 def gathered_attention(
@@ -37,26 +36,26 @@ def gathered_attention(
     counts = rows.counts.expand(heads, -1).flatten().long()
     starts = rows.starts[:-1].view(lists.heads, -1).expand(heads, -1).flatten().long()
     full = rows.full.view(lists.heads, -1).expand(heads, -1).flatten().long()
+    diagonal = _on_diagonal(layout)
     outputs, lines = [], []
-    for line in buckets(counts, size * block * batch):
-        longest = int(counts[line].max())
-        slot = torch.arange(longest, device=query.device)
-        there = slot < counts[line, None]
-        column = rows.blocks[(starts[line, None] + slot).clamp(max=len(rows.blocks) - 1)].long() * there
+    for line in buckets(counts, full, size * block * batch):
+        count = int(counts[line[0]])
+        column = rows.blocks[starts[line, None] + torch.arange(count, device=query.device)].long()
         of_key = (line // lists.rows // (heads // key_heads))[:, None] * lists.columns + column
-        shape = (batch, len(line), longest * block, size)
-        mask = None
-        if key_keep is not None or not bool((slot < full[line, None]).all()):
-            mask = _mask(layout, line % lists.rows, column, there, key_keep)
+        shape = (batch, len(line), count * block, size)
         some_q, some_k, some_v = (
             t.index_select(1, i.flatten()).view(s)
             for t, i, s in ((q, line, (batch, len(line), block, size)), (k, of_key, shape), (v, of_key, shape))
         )
-        if mask is None:
-            outputs.append(functional.scaled_dot_product_attention(some_q, some_k, some_v, scale=scale))
-        else:
-            outputs.append(masked(some_q, some_k, some_v, mask, scale))
         lines.append(line)
+        if key_keep is None and (diagonal is not None or count == full[line[0]]):
+            mask = None
+            if count > full[line[0]]:  # the last block of each of these rows is the one on the diagonal
+                mask = functional.pad(diagonal.to(query), (block * (count - 1), 0))  # type: ignore[union-attr]
+            outputs.append(functional.scaled_dot_product_attention(some_q, some_k, some_v, attn_mask=mask, scale=scale))
+        else:
+            mask = _mask(layout, line % lists.rows, column, key_keep)
+            outputs.append(masked(some_q, some_k, some_v, mask, scale))
     if not outputs:
         return reference_attention(query, key, value, layout, scale, key_keep)
     at = torch.full((heads * lists.rows,), sum(map(len, lines)), device=query.device)  # rows without blocks: zeros
@@ -66,35 +65,38 @@ def gathered_attention(
     return out[:, :, ahead : ahead + layout.queries]
 
 
-def buckets(counts: Tensor, size: int) -> list[Tensor]:
-    """Which rows go together: of similar counts, and not so many that their keys, `size` numbers a block, are too many.
+def buckets(counts: Tensor, full: Tensor, size: int) -> list[Tensor]:
+    """Which rows go together: those with as many blocks, as many of them full, and not so many rows that their keys,
+    `size` numbers a block, are too many. Rows without blocks are in none.
 
-    Rows without blocks are in none.
-
-    >>> [b.tolist() for b in buckets(torch.tensor([8, 2, 0, 9, 10, 2]), size=1)]
-    [[4, 3, 0], [1, 5]]
+    >>> counts, full = torch.tensor([8, 2, 0, 8, 8, 2]), torch.tensor([7, 1, 0, 7, 8, 1])
+    >>> [b.tolist() for b in buckets(counts, full, size=1)]
+    [[1, 5], [0, 3], [4]]
     """
-    order = counts.argsort(descending=True, stable=True)
-    sizes = counts[order].tolist()
-    found, start = [], 0
-    for i, count in enumerate(sizes):
-        most = max(1, ENTRIES // (sizes[start] * size)) if sizes[start] else 1
-        if i > start and (count * RATIO < sizes[start] or i - start == most):
-            found.append(order[start:i])
-            start = i
-        if count == 0:
-            break
-    else:
-        found.append(order[start:])
-    return [b for b in found if len(b)]
+    kind, order = (counts * (int(counts.max()) + 1) + full).sort(stable=True)
+    sizes = kind.unique_consecutive(return_counts=True)[1].tolist()
+    found: list[Tensor] = []
+    for line in order.split(sizes):
+        count = int(counts[line[0]])
+        if count:
+            found += line.split(max(1, ENTRIES // (count * size)))
+    return found
 
 
-def _mask(layout: BlockLayout, row: Tensor, column: Tensor, there: Tensor, key_keep: Tensor | None) -> Tensor:
+def _on_diagonal(layout: BlockLayout) -> Tensor | None:
+    """What is added to the scores of a block on the diagonal, if such are the only blocks that are not full."""
+    if not layout.causal or layout.keys < layout.offset + layout.queries:
+        return None
+    above = torch.ones(layout.block, layout.block, dtype=torch.bool, device=layout.keep.device).triu(1)
+    return torch.zeros(above.shape, device=above.device).masked_fill(above, -torch.inf)
+
+
+def _mask(layout: BlockLayout, row: Tensor, column: Tensor, key_keep: Tensor | None) -> Tensor:
     """Bool (B or 1, rows, block or 1, keys gathered): what the queries of a row may see."""
     block = layout.block
     within = torch.arange(block, device=row.device)
     at_key = (column[..., None] * block + within).flatten(1)
-    mask = (there.repeat_interleave(block, 1) & (at_key < layout.keys))[None, :, None]
+    mask = (at_key < layout.keys)[None, :, None]
     if layout.causal:
         at_query = (row[:, None] + layout.offset // block) * block + within
         mask = mask & (at_key[:, None] <= at_query[..., None])

@@ -21,6 +21,10 @@ def reference_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, key_keep: Tensor | None
 ) -> Tensor:
     """Attention (B, Hq, Q, D) by masking, a slice of the queries at a time."""
+    if is_dense(layout, key_keep):
+        return functional.scaled_dot_product_attention(
+            query, key, value, is_causal=layout.causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
     heads = layout.heads * (1 if key_keep is None else len(query))
     step = max(layout.block, ENTRIES // (heads * layout.keys))
     parts = []
@@ -32,6 +36,12 @@ def reference_attention(
             mask = mask & key_keep[:, None, None, :seen]
         parts.append(masked(query[:, :, start:stop], key[:, :, :seen], value[:, :, :seen], mask, scale))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def is_dense(layout: BlockLayout, key_keep: Tensor | None) -> bool:
+    """Whether this is plain attention, causal or not, which needs no mask."""
+    square = (layout.offset, layout.queries) == (0, layout.keys)
+    return key_keep is None and (square or not layout.causal) and layout.density() == 1
 
 
 def masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -46,7 +46,7 @@ def padded(head_size: int) -> int:
     >>> [padded(d) for d in (8, 36, 64, 80)]
     [16, 64, 64, 128]
     """
-    return max(16, triton.next_power_of_2(head_size))
+    return 1 << max(4, (head_size - 1).bit_length())
 
 
 def packed(group: int, rows: int, most: int) -> int:
@@ -98,7 +98,7 @@ def triton_attention(
     """Attention (B, Hq, Q, D) with our own kernels; with gradients where they are wanted."""
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-        out: Tensor = _Attention.apply(query, key, value, layout, scale, key_keep)
+        out: Tensor = _Attention.apply(query, key, value, layout, scale, key_keep)  # type: ignore[no-untyped-call]
         return out
     call = _Call(query, key, layout, scale, key_keep)
     return call.decode(query, key, value) if layout.queries == 1 else call.forward(query, key, value)[0]
