@@ -156,6 +156,16 @@ def test_the_papers_percentile_is_numpys_nearest_and_drops_ties():
         assert above_percentile(score, 1, p).tolist() == [float(s) > float(limit) for s in score]
 
 
+def test_the_mean_square_may_be_the_score():
+    given, whole = decoder(layers=1)
+    keep = keep_of(make_plan(given, 0.3, kind="absolute", pool="head", score="square"))["layers.0"]
+    for head in range(HEADS):
+        free = [(r, c) for r, c in causal_tiles() if r != c and c]
+        squares = {one: sum(tile_score([each], head, *one) ** 2 for each in whole["layers.0"]) for one in free}
+        gone = {one for one in causal_tiles() if not keep[head, one[0], one[1]]}
+        assert gone == set(sorted(free, key=squares.__getitem__)[: round(21 * 0.3)])
+
+
 def test_ties_go_by_position():
     one = torch.ones(6, dtype=torch.long)
     assert drop_lowest(torch.zeros(6), one, torch.zeros(6, dtype=torch.bool), 2).tolist() == [False] * 2 + [True] * 4
@@ -258,6 +268,7 @@ def test_from_a_model_to_a_file_and_back(kind, tmp_path):
         ({"rule": "every"}, UnknownName, "Known: any, mass"),
         ({"sites": ("decoder",)}, UnknownName, "decoder-self"),
         ({"share": "layer"}, UnknownName, "kv_group"),
+        ({"score": "max"}, UnknownName, "Known: mean, square"),
         ({"sinks": -1}, InvalidParameter, "'sinks'"),
         ({"band": 0}, InvalidParameter, "'band'"),
         ({"block": 6}, InvalidParameter, "a multiple of the 4 tokens"),

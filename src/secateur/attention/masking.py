@@ -1,6 +1,6 @@
 """From observed attention to masks: which blocks a site keeps, at a sparsity.
 
-    score(tile)        mean attention per pair that may meet in it, over all queries and sequences
+    score(tile)        mean attention per pair that may meet in it, over all queries and sequences; or its mean square
     score(distance)    the same over all tiles r - c = d, the sinks' columns left out
     drop               the lowest of a pool, until round(tiles x sparsity) of its tiles that may meet are gone
 
@@ -32,6 +32,7 @@ KINDS = ("toeplitz", "hybrid", "absolute")
 POOLS = ("head", "kv_group", "layer", "stack", "model")
 POPULATIONS = ("possible", "paper")
 RULES = ("mass", "any")
+SCORES = ("mean", "square")
 FAMILIES = ("encoder-self", "decoder-self", "decoder-cross")
 _SHORT = {"cross": "decoder-cross"}
 
@@ -59,6 +60,9 @@ class Masking:
     encoder-self, decoder-self, decoder-cross), or model."""
     population: str = "possible"
     """possible: exact counts of what may meet. paper: the percentile over all pairs, those that may not meet too."""
+    score: str = "mean"
+    """mean: mean attention per pair. square: its mean square over sequences, which also counts where attention only
+    sometimes goes; that of the observed tiles, whatever the block."""
     rule: str = "mass"
     """mass: a block's mean. any: a block stays if one of its entries does; needs entries."""
     block: int | None = None
@@ -84,6 +88,7 @@ class Masking:
         for kind, value, known in (
             ("kind of attention mask", self.kind, KINDS), ("kind of attention mask", self.cross, KINDS),
             ("pool", self.pool, POOLS), ("population", self.population, POPULATIONS), ("block rule", self.rule, RULES),
+            ("attention score", self.score, SCORES),
             ("value of share", self.share, ("head", "kv_group")),
             ("value of extend", self.extend, ("refuse", "diagonal")),
             *(("kind of attention", word, FAMILIES) for word in chosen),
@@ -235,7 +240,7 @@ def _candidates(site: SiteObservation, observed: int, block: int, masking: Maski
     kind = masking.cross if site.family == "decoder-cross" else masking.kind
     factor = block // observed
     groups = site.kv_heads if masking.share == "kv_group" else site.heads
-    grid = _Grid.of(site, 1 if masking.rule == "any" else factor, groups)
+    grid = _Grid.of(site, 1 if masking.rule == "any" else factor, groups, masking.score)
     if masking.rule == "any":
         return _entries(site, grid, block, factor, masking)
     if kind == "absolute":
@@ -249,15 +254,16 @@ def _candidates(site: SiteObservation, observed: int, block: int, masking: Maski
 
 @dataclass(frozen=True, eq=False)
 class _Grid:
-    """mass: (groups, rows, columns), of a whole group; count, area: (rows, columns)."""
+    """mass: (groups, rows, columns), of a whole group, or its squares; count, area: (rows, columns)."""
 
     mass: Tensor
     count: Tensor
     area: Tensor
 
     @classmethod
-    def of(cls, site: SiteObservation, factor: int, groups: int) -> _Grid:
-        mass = site.mass.double().view(groups, -1, *site.count.shape).mean(1)
+    def of(cls, site: SiteObservation, factor: int, groups: int, score: str) -> _Grid:
+        summed = site.mass if score == "mean" else site.square
+        mass = summed.double().view(groups, -1, *site.count.shape).mean(1)
         return cls(sum_tiles(mass, factor), sum_tiles(site.count, factor), sum_tiles(site.area, factor))
 
     @property
