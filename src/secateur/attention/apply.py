@@ -33,8 +33,8 @@ class Attached:
     """What has run while a plan was attached.
 
     Attributes:
-        backends: how many calls went to each kernel; `decode` for single rows over gathered blocks, `entries` for the
-            definition, `dense` for sites without a mask.
+        backends: how many calls went to each kernel; `decode` for single rows over the blocks they keep, `entries` for
+            the definition, `dense` for sites without a mask.
         reasons: why calls of more than one row went to `entries`.
     """
 
@@ -89,9 +89,9 @@ def attached(model: nn.Module, plan: Plan, backend: str = "auto") -> Iterator[At
             if backend not in ("auto", "reference"):
                 raise UsageError(f"The backend '{backend}' cannot run {call.site.name}: {reason}. Take 'auto'.")
             said.reasons[reason] += 1
-        elif reason == _DECODED and (row := decode(call, masked.row(call))) is not None:
+        elif reason == _DECODED:
             said.backends["decode"] += 1
-            return row
+            return decode(call, masked.row(call))
         said.backends["entries"] += 1
         return attend(call, masked.entries(call))
 

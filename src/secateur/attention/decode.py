@@ -11,7 +11,7 @@ from .definition import masked, pack, visible
 from .hooks import AttentionCall
 from .site_mask import SiteMask
 
-WORTH = 0.7  # above this share of kept keys, reading all of them is faster
+WORTH = 0.4  # above this share of kept blocks, reading all of them where they lie is faster than gathering
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,12 +20,13 @@ class Row:
 
     Args:
         place: the block of the query, and how many blocks of keys there are.
-        index: int64 (kv heads, n), the keys to gather: the union of what the heads of a group keep, whole blocks.
+        index: int64 (kv heads, n), the keys to gather: the union of what the heads of a group keep, whole blocks; None
+            for all of them.
         keep: bool (kv heads, heads of a group, n), which of those each head keeps.
     """
 
     place: tuple[int, int]
-    index: Tensor
+    index: Tensor | None
     keep: Tensor
 
 
@@ -41,26 +42,31 @@ def row_of(call: AttentionCall, mask: SiteMask, last: Row | None = None) -> Row:
     kept = kept.expand(call.query.shape[1], -1).reshape(groups, -1, place[1])
     union = kept.any(1)
     most = int(union.sum(1).max())
+    if most > WORTH * place[1]:
+        return Row(place, None, kept.repeat_interleave(block, 2))
     blocks = union.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # kept ones first, in order
     index = (blocks[..., None] * block + torch.arange(block, device=device)).flatten(1)
     keep = kept.gather(2, blocks[:, None].expand(-1, kept.shape[1], -1)).repeat_interleave(block, 2)
     return Row(place, index, keep)
 
 
-def decode(call: AttentionCall, row: Row) -> Tensor | None:
-    """Attention of one query per sequence over the row's keys; None if too little is saved.
+def decode(call: AttentionCall, row: Row) -> Tensor:
+    """Attention of one query per sequence over the row's keys.
 
     Returns:
         (batch, 1, heads, head size of the values).
     """
     seen, groups = visible(call), call.key.shape[1]
-    if row.index.shape[1] > WORTH * seen:
-        return None
-    keep = (row.keep & (row.index < seen)[:, None])[None]
-    index = row.index.clamp(max=seen - 1)
-    if call.key_keep is not None:
-        keep = keep & call.key_keep[:, index][:, :, None]
-    head = torch.arange(groups, device=index.device)[:, None]
-    key, value = call.key[:, head, index], call.value[:, head, index]
+    if row.index is None:
+        keep, key, value = row.keep[None, ..., :seen], call.key[:, :, :seen], call.value[:, :, :seen]
+        if call.key_keep is not None:
+            keep = keep & call.key_keep[:, None, None, :seen]
+    else:
+        keep = (row.keep & (row.index < seen)[:, None])[None]
+        index = row.index.clamp(max=seen - 1)
+        if call.key_keep is not None:
+            keep = keep & call.key_keep[:, index][:, :, None]
+        head = torch.arange(groups, device=index.device)[:, None]
+        key, value = call.key[:, head, index], call.value[:, head, index]
     output = masked(pack(call.query, groups), key, value, keep, None, scale=call.scaling)
     return output.flatten(1, 2)[:, None]
