@@ -1,8 +1,9 @@
-# make demo | test | test-slow | check | bench | fmt | clean       each installs what it needs into .venv first
+# make demo | demo-safety | test | test-slow | check | bench | fmt | clean       each installs what it needs into .venv first
 #
 #   make PYTHON=python3.12 ...      another interpreter, 3.11 or newer
 #   make TORCH=torch ...            another build of PyTorch: any arguments of pip install, in quotes
 #   make demo DEMO='--windows 4'    options of the demo; python examples/demo.py --help lists them
+#   make demo-safety DEMO='--limit 24'   likewise; python examples/safety_demo.py --help
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -15,7 +16,7 @@ LONGEST := 400
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check bench fmt clean
+.PHONY: help demo demo-safety test test-slow check bench fmt clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -30,10 +31,14 @@ $(READY): pyproject.toml
 	  echo "'$(PYTHON) -m venv' failed; on Debian or Ubuntu install the package python3-venv." >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps nanogcg==0.3.0  # asks for transformers 4
 	@touch $@
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py $(DEMO)
+
+demo-safety: $(READY)
+	$(BIN)/python examples/safety_demo.py $(DEMO)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
@@ -58,5 +63,5 @@ fmt: $(READY)
 	$(BIN)/ruff check --fix $(CODE)
 
 clean:
-	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) build dist demo demo-safety .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

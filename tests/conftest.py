@@ -33,5 +33,13 @@ def smollm2():
     assert _fingerprint(model) == before, "a test has changed the model that all tests share"
 
 
+@pytest.fixture(scope="session")
+def refuser(tmp_path_factory):
+    """A tiny chat model that refuses what has a marker word in it, with prompts and a text in its words."""
+    import refusing
+
+    return refusing.ground(tmp_path_factory.mktemp("refuser"))
+
+
 def _fingerprint(model):
     return [p.detach().abs().sum(dtype=torch.float32).item() for p in model.parameters()]

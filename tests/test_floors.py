@@ -26,7 +26,7 @@ FLOORS = (  # from the ground up; a room is a folder, or the files that make one
     ("methods", "refinements", "attention", "recovery", "evaluate"),
     ("safety",),
     (
-        "pruning planning job inputs result comparison training_text recovering attending iterative",
+        "pruning planning job inputs result comparison training_text recovering attending iterative probing",
         "recipe",
         "run",
         "report",

@@ -29,6 +29,7 @@ VERBS = {  # verb: (module of this folder, one line)
     "evaluate": ("evaluate", "perplexity, fidelity to the dense model, tasks, sparsity"),
     "attend": ("attend", "attention pruning: observe, mask, evaluate, train, report"),
     "compare": ("compare", "which text to calibrate with: several, all else equal"),
+    "probe": ("probe", "refusals and what moves them, before and after pruning"),
     "list": ("listing", "methods, refinements, patterns, allocations, texts, tasks and models"),
 }
 

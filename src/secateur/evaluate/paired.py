@@ -139,11 +139,12 @@ def mcnemar(gained: int, lost: int) -> float:
     return float(min(1.0, 2 * ways / (1 << n)))
 
 
-def newcombe(both: int, first: int, second: int, neither: int) -> tuple[float, float]:
+def newcombe(both: float, first: float, second: float, neither: float) -> tuple[float, float]:
     """The 95 % interval of the first share minus the second, of paired items.
 
     Args:
-        both, first, second, neither: items that both, only the first, only the second, or neither got right.
+        both, first, second, neither: items that both, only the first, only the second, or neither got right;
+            fractions where items that hang together count for less than one.
 
     >>> [round(bound, 4) for bound in newcombe(36, 12, 2, 0)]
     [0.0569, 0.3404]
@@ -161,7 +162,7 @@ def newcombe(both: int, first: int, second: int, neither: int) -> tuple[float, f
     return p - q - math.sqrt(max(down, 0.0)), p - q + math.sqrt(max(up, 0.0))
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
+def wilson(right: float, n: float) -> tuple[float, float]:
     """Wilson's 95 % interval of a share.
 
     >>> [round(bound, 4) for bound in wilson(81, 263)]

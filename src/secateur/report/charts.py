@@ -211,17 +211,25 @@ def dots(rows: Sequence[tuple[str, float, float | None, str, int | None]], axis:
 
     The whisker is two standard errors either way. Places are in per cent: the chart is as wide as its page.
     """
+    wide = (
+        (label, value, *((None, None) if e is None else (value - 2 * e, value + 2 * e)), text, style)
+        for label, value, e, text, style in rows
+    )
+    return intervals(list(wide), axis)
+
+
+def intervals(rows: Sequence[tuple[str, float, float | None, float | None, str, int | None]], axis: Axis) -> str:
+    """Values on one axis with whiskers from low to high: rows of (label, value, low, high, value as text, style)."""
 
     def at(value: float) -> str:
         return f"{2 + 96 * axis.place(value):.2f}%"
 
     grid = "".join(f'<line class="grid" x1="{at(t)}" x2="{at(t)}" y1="0" y2="26"/>' for t in axis.ticks)
     items = []
-    for label, value, stderr, text, style in rows:
+    for label, value, low, high, text, style in rows:
         whisker = ""
-        if stderr is not None:
-            ends = f'x1="{at(value - 2 * stderr)}" x2="{at(value + 2 * stderr)}"'
-            whisker = f'<line class="line" {ends} y1="13" y2="13" stroke-width="2"/>'
+        if low is not None and high is not None:
+            whisker = f'<line class="line" x1="{at(low)}" x2="{at(high)}" y1="13" y2="13" stroke-width="2"/>'
         mark = f'<svg x="{at(value)}" overflow="visible">{_marker(style or 0, 0, 13, 4.2)}</svg>'
         items.append(
             f'<div class="name">{escape(label)}</div><svg class="track" aria-hidden="true">{grid}'
@@ -231,3 +239,22 @@ def dots(rows: Sequence[tuple[str, float, float | None, str, int | None]], axis:
     marks = "".join(f'<text class="mid" x="{at(t)}" y="11">{escape(axis.text(t))}</text>' for t in axis.ticks)
     ruler = f'<div></div><svg class="ruler" aria-hidden="true">{marks}</svg><div></div>'
     return f'<div class="dots">{"".join(items)}{ruler}</div>'
+
+
+def line_axis(values: Iterable[float], text: Callable[[float], str]) -> Axis:
+    """A linear axis around the values, with at most seven round ticks.
+
+    >>> line_axis([0.13, 0.41], str).ticks
+    (0.1, 0.2, 0.3, 0.4, 0.5)
+    """
+    seen = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
+    low, high = min(seen), max(seen)
+    room = (high - low) or abs(high) or 1.0
+    power = math.floor(math.log10(room / 6)) - 1
+    steps = (float(f"{step}e{power + more}") for more in range(4) for step in (1, 2, 5))
+    for step in steps:
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        if last - first <= 6:
+            break
+    ticks = tuple(float(f"{k * step:.12g}") for k in range(first, max(last, first + 1) + 1))
+    return Axis(ticks[0], ticks[-1], False, ticks, text)
