@@ -104,8 +104,9 @@ def run(words: list[str]) -> int:
                 backend=options.backend,
                 progress=progress,
             )
+    rows = [result.to_dict() for result in results]
     record = {
-        "attention_evaluation": [result.to_dict() for result in results],
+        "attention_evaluation": rows,
         "plans": {name: dict(plan.record) for name, plan in plans.items()},
         "model": opened.record(),
         **provenance(["evaluate", *words], "attend"),
@@ -113,7 +114,7 @@ def run(words: list[str]) -> int:
     if options.json:
         write_json(options.json, record)
     if options.json != STDOUT:
-        _print(record["attention_evaluation"])
+        _print(rows)
     return 0
 
 

@@ -94,7 +94,7 @@ def run(words: list[str]) -> int:
         observation = _observe(opened, options, progress)
     saved = save_observation(observation, out, overwrite=options.overwrite)
     found = analyse(observation)
-    record = {"analysis": found.to_dict(), "model": opened.record(), "text": dict(observation.text)}
+    record: dict[str, Any] = {"analysis": found.to_dict(), "model": opened.record(), "text": dict(observation.text)}
     record |= {"saved": str(saved), **provenance(["observe", *words], "attend")}
     if options.json:
         write_json(options.json, record)

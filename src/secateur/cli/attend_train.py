@@ -128,7 +128,7 @@ def run(words: list[str]) -> int:
 def _check(options: TrainOptions) -> tuple[Path, Path]:
     """Everything that can be known to be wrong before a model is loaded; the folder, and the checkpoint's place."""
     from secateur.models.save import check_target
-    from secateur.recovery.options import LORA
+    from secateur.recovery.adapters import LORA
 
     check_count("seqlen", options.seqlen, 2, "attend train")
     check_count("samples", options.samples, 1, "attend train")

@@ -167,8 +167,8 @@ def _ranks(values: Tensor) -> Tensor:
     [2.5, 0.0, 2.5, 1.0]
     """
     _, place, count = values.unique(return_inverse=True, return_counts=True)
-    last = count.cumsum(0)
-    return (last - (count + 1) / 2)[place].double()
+    middle: Tensor = count.cumsum(0) - (count + 1) / 2
+    return middle[place].double()
 
 
 def _last(model: Any) -> dict[str, bool]:

@@ -18,7 +18,8 @@ from typing import IO
 from ..errors import LoadFailure
 from ..progress import Progress, silent
 from .cache import scratch_beside, sync
-from .package_index import CHUNK, download, file_sha256
+from .package_index import CHUNK, download
+from .package_index import file_sha256 as file_sha256
 
 HUB_TIMEOUT = 4.0  # seconds to wait for the hub's first answer
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.spm", "*.py")

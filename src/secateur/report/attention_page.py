@@ -322,8 +322,8 @@ def _measured(row: Mapping[str, Any]) -> tuple[tuple[str, ...], list[str]]:
     cells = []
     for key in ("bleu", "chrf"):
         score = dig(measures, "translation", key) or {}
-        value, low, high = (number(score, part) for part in ("value", "low", "high"))
-        cells.append(DASH if value is None else f"{value:.1f} [{low:.1f}, {high:.1f}]")
+        points, low, high = (number(score, part) for part in ("value", "low", "high"))
+        cells.append(DASH if points is None else f"{points:.1f} [{low:.1f}, {high:.1f}]")
     return ("BLEU, 95 % interval", "chrF, 95 % interval"), cells
 
 

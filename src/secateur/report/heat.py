@@ -12,7 +12,7 @@ from html import escape
 
 from secateur.report.charts import colour
 
-LEFT, TOP, BOTTOM = 26, 4, 30
+LEFT, TOP, BOTTOM = 26, 4, 26
 WIDTH, TALLEST = 264, 15.0  # SVG units: of the map, and of a row at most
 
 
@@ -63,15 +63,16 @@ def heat_map(
                 f'height="{tall - 1:.1f}" fill="currentColor" fill-opacity="{share:.3f}">'
                 f"<title>{escape(f'{name}, head {x}: {text(value)}')}</title></rect>"
             )
+    foot = height - 10
     scale = "".join(
-        f'<rect x="{LEFT + 6 * k}" y="{height - 22:.1f}" width="6" height="6" fill="currentColor" '
+        f'<rect x="{LEFT + 40 + 5 * k}" y="{foot - 7:.1f}" width="5" height="7" fill="currentColor" '
         f'fill-opacity="{k / 9:.2f}"/>'
         for k in range(10)
     )
     ends = (
-        f'<text x="{LEFT}" y="{height - 5:.1f}">{escape(text(floor))}</text>'
-        f'<text class="mid" x="{LEFT + 60}" y="{height - 5:.1f}">{escape(text(ceiling))}</text>'
-        f'<text class="end" x="{WIDTH - 4}" y="{height - 16:.1f}">head 0 to {heads - 1}; layers down</text>'
+        f'<text class="end" x="{LEFT + 36}" y="{foot:.1f}">{escape(text(floor))}</text>'
+        f'<text x="{LEFT + 94}" y="{foot:.1f}">{escape(text(ceiling))}</text>'
+        f'<text class="end" x="{WIDTH - 4}" y="{foot:.1f}">heads 0 to {heads - 1} across</text>'
     )
     frame = (
         f'<rect class="axis" x="{LEFT - 1}" y="{TOP - 1}" width="{wide * heads + 1:.1f}" '
