@@ -159,8 +159,11 @@ def shift_section(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
 
 def _shift_chart(found: Sequence[Any], labels: Mapping[str, str]) -> str:
     styles, rows = of_arms(labels), []
+    telling = {"specific", "artificial"} & {name for each in found for name in each.get("change") or ()}
     for each in found:
         for name, change in (each.get("change") or {}).items():
+            if telling and name not in telling:
+                continue  # the table has them all
             value, low, high = (number(change, key) for key in ("value", "low", "high"))
             if value is not None:
                 label = f"{labels.get(each['arm'], each['arm'])}, {name}"
