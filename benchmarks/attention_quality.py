@@ -46,6 +46,7 @@ from secateur.plan_quality import HeldOut, at_sparsity, observe_pairs, sparsity_
 from secateur.recovery.options import Recovery
 
 KINDS = ("toeplitz", "hybrid", "absolute", "window", "random")
+POOLED = ("hybrid:model", "absolute:model")  # one threshold for all heads of the model; not of smollm2, where it costs
 SITES = {
     "all": ("encoder-self", "decoder-self", "cross"), "encoder-self": ("encoder-self",),
     "decoder-self": ("decoder-self",), "cross": ("cross",),
@@ -74,7 +75,8 @@ def cases(options: argparse.Namespace) -> list[Case]:
     groups += [("minilm", str(options.encoder_length)), *(("opus-mt-zh-en", what) for what in SITES)]
     for model, what in groups:
         found.append(Case(model, what, 0.0, "dense"))
-        found += [Case(model, what, share, kind) for share in options.sparsities for kind in options.kinds]
+        kinds = options.kinds if model == "smollm2" else dict.fromkeys([*options.kinds, *options.pooled])
+        found += [Case(model, what, share, kind) for share in options.sparsities for kind in kinds]
     for model, what in (groups[0], ("minilm", str(options.encoder_length)), ("opus-mt-zh-en", "all")):
         found += [Case(model, what, share, kind, True) for share in options.train_at for kind in options.train_kinds]
     return [case for case in found if options.only is None or options.only in str(case)]
@@ -132,14 +134,15 @@ class Group:
         seen = self.held.observation
         assert seen is not None
         made = partial(make_plan, self.observation, sites=self.sites, extend="diagonal")
-        ways: dict[str, Callable[[float], Plan]] = {
-            one: partial(made, kind=one, cross="absolute" if one == "hybrid" else one)
-            for one in ("toeplitz", "hybrid", "absolute")
-        }
-        like = made(0.5, kind="toeplitz")
-        ways["window"] = lambda share: window_plan(like, sparsity=share)
-        ways["random"] = lambda share: random_plan(like, sparsity=share)
-        return at_sparsity(ways[kind], sparsity, seen)
+        base, _, pool = kind.partition(":")
+        if base in ("window", "random"):
+            like = made(0.5, kind="toeplitz")
+            make: Callable[[float], Plan] = lambda share: (  # noqa: E731
+                window_plan(like, sparsity=share) if base == "window" else random_plan(like, sparsity=share)
+            )
+        else:
+            make = partial(made, kind=base, cross="absolute" if base == "hybrid" else base, pool=pool or "layer")
+        return at_sparsity(make, sparsity, seen)
 
     def row(self, case: Case) -> dict[str, Any]:
         if case.kind == "dense":
@@ -260,7 +263,8 @@ def main() -> None:
     parser.add_argument("--pairs", default="../shared/data/mt/tatoeba_en_zh.jsonl")
     parser.add_argument("--pool", type=int, default=4000, help="pairs to take sentences of fitting length from")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.75, 0.9, 0.25, 0.95])
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="of masks, as toeplitz or toeplitz:POOL")
+    parser.add_argument("--pooled", nargs="*", default=list(POOLED), help="more kinds, of minilm and opus-mt-zh-en")
     parser.add_argument("--train-at", type=float, nargs="*", default=[0.9, 0.75, 0.5])
     parser.add_argument("--train-kinds", nargs="+", default=["toeplitz", "window", "random"])
     parser.add_argument("--steps", type=int, default=100, help="of training")

@@ -192,7 +192,11 @@ def test_an_encoder_reads_passages(cli, dense, text, here):
     sizes = ("--lengths", 16, "--samples", 6, "--block", 2)
     ran = cli("attend", "observe", "bert", "--text", text, *sizes, "--out", "obs")
     assert ran.code == 0 and "encoder-self" in ran.out, ran.err
+    ran = cli("attend", "observe", "bert", "--text", text, "--lengths", 8, 16, "--block", 2, "--out", "x")
+    assert ran.code == 2 and "passages of one length" in ran.error
     assert cli("attend", "mask", "obs", "--sparsity", 0.5, "--out", "plan").code == 0
+    ran = cli("attend", "train", "bert", "plan", "--text", text, "--out", "x")
+    assert ran.code == 2 and "--objective reconstruct" in ran.error
     ran = cli("attend", "evaluate", "bert", "plan", "--text", text, "--windows", 6, "--against-baselines")
     assert ran.code == 0 and "Spearman" in ran.out and "plan window" in ran.out, ran.err
     ran = cli(

@@ -23,6 +23,7 @@ steps:
 {chr(10).join(f"  {step:<10}{line}" for step, (_, line) in STEPS.items())}
 
   secateur attend STEP --help   the options of a step
+  --json FILE                   of every step but report: the record, - is standard output
 
 examples:
   secateur attend observe smollm2 --text gutenberg --lengths 1024 2048 --out observed/

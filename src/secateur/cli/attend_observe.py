@@ -177,6 +177,8 @@ def _observe(opened: Opened, options: ObserveOptions, progress: ProgressBar) -> 
         from secateur.data.passages import CHARACTERS, passage_batches, passages
         from secateur.data.text import read_text
 
+        if len(options.lengths) > 1:
+            raise UsageError(f"{opened.name} is an encoder and reads passages of one length: give one with --lengths.")
         longest = max(lengths) if options.lengths else min(1024, _positions(model, tokenizer))
         text = read_text(options.text, "calibration", progress=progress)
         words = passages(text, CHARACTERS * longest, options.samples)

@@ -164,6 +164,8 @@ def _data(opened: Opened, options: TrainOptions, record: Mapping[str, Any], prog
         return _pairs(opened, options)
     if any(site.causal for site in find_sites(model)):
         return options.text, options.held_out
+    if model.get_output_embeddings() is None and options.objective != "reconstruct":
+        raise UsageError(f"{opened.name} predicts no tokens: train it with --objective reconstruct.")
     from secateur.data.calibration import sequence_length
     from secateur.data.passages import CHARACTERS, passage_ids, passages
     from secateur.data.text import read_text

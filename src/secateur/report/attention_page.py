@@ -273,7 +273,7 @@ def _charts(title: str, points: Sequence[Point]) -> str:
     labels = list(dict.fromkeys(label for label, _, _, _ in points))
     values = [value for _, _, _, value in points]
     if title.startswith("Perplexity"):
-        y = charts.log_axis(values, lambda v: f"{v:g}x")
+        y = charts.log_axis(values, lambda v: f"{v:g}x") if max(values) > 3 else _change_axis(values)
         write: Callable[[float], str] = lambda v: f"{100 * (v - 1):+.3g} %"  # noqa: E731
     else:
         top = 1.0 if title.startswith("Spearman") else 10 * math.ceil(max(values) / 10)
@@ -296,6 +296,19 @@ def _charts(title: str, points: Sequence[Point]) -> str:
             )
         )
     return f'{charts.key(labels)}<div class="panels">{"".join(panels)}</div>'
+
+
+def _change_axis(ratios: Sequence[float]) -> charts.Axis:
+    """Around ratios near 1, in per cent of change.
+
+    >>> _change_axis([1.0, 1.31]).ticks
+    (1.0, 1.1, 1.2, 1.3, 1.4)
+    """
+    low, high = min(1.0, *ratios), max(1.01, *ratios)
+    step = next(s for s in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / s <= 5)
+    first, last = math.floor((low - 1) / step + 1e-9), math.ceil((high - 1) / step - 1e-9)
+    ticks = tuple(round(1 + k * step, 6) for k in range(first, last + 1))
+    return charts.Axis(ticks[0], ticks[-1], False, ticks, lambda v: f"{100 * (v - 1):+.3g}%")
 
 
 def _measured(row: Mapping[str, Any]) -> tuple[tuple[str, ...], list[str]]:
