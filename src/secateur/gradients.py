@@ -95,7 +95,7 @@ def collect_gradients(
         undo.enter_context(torch.enable_grad())
         for batch in batches:
             for row in range(_rows(batch)):
-                loss = _loss(model, {name: value[row : row + 1] for name, value in batch.items()})
+                loss = language_loss(model, {name: value[row : row + 1] for name, value in batch.items()})
                 if not bool(torch.isfinite(loss)):
                     raise NumericalFailure(
                         f"the loss of calibration sequence {done} is {loss.item()}; try another dtype or text"
@@ -124,7 +124,7 @@ def _rows(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
-def _loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+def language_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy of one sequence, as the model itself defines it from labels (-100 does not count)."""
     device = next(model.parameters()).device
     inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items()}
@@ -135,6 +135,8 @@ def _loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         mask = None if mask is None else torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
     else:
         labels, mask = inputs["input_ids"].clone(), inputs.get("attention_mask")
+        if mask is not None:  # nothing real stands before the first token that could foretell it
+            labels[:, 1:] = labels[:, 1:].masked_fill(mask[:, :-1] == 0, -100)
     if mask is not None:
         labels = labels.masked_fill(mask == 0, -100)
     if "use_cache" in inspect.signature(model.forward).parameters:

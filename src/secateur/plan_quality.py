@@ -353,12 +353,19 @@ def _reference_nlls(model: Any, batches: list[dict[str, torch.Tensor]]) -> list[
 
 
 def observe_pairs(
-    model: Any, tokenizer: Any, pairs: Pairs, *, block: int = 1, batch_size: int = 16, progress: Progress = silent
+    model: Any,
+    tokenizer: Any,
+    pairs: Pairs,
+    *,
+    block: int = 1,
+    gradients: bool = False,
+    batch_size: int = 16,
+    progress: Progress = silent,
 ) -> Observation:
     """The attention of an encoder-decoder that reads sentences and their translations by people."""
     batches = pair_batches(tokenizer, model, pairs, batch_size=batch_size)
     inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
-    return observe(model, inputs, block=block, entries=block == 1, progress=progress)
+    return observe(model, inputs, block=block, entries=block == 1, gradients=gradients, progress=progress)
 
 
 def _block(plan: Plan) -> int:

@@ -279,7 +279,7 @@ def test_from_a_model_to_a_file_and_back(kind, tmp_path):
         ({"rule": "every"}, UnknownName, "Known: any, mass"),
         ({"sites": ("decoder",)}, UnknownName, "decoder-self"),
         ({"share": "layer"}, UnknownName, "kv_group"),
-        ({"score": "max"}, UnknownName, "Known: mean, square"),
+        ({"score": "max"}, UnknownName, "Known: loss, mean, square"),
         ({"sinks": -1}, InvalidParameter, "'sinks'"),
         ({"band": 0}, InvalidParameter, "'band'"),
         ({"block": 6}, InvalidParameter, "a multiple of the 4 tokens"),

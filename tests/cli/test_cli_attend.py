@@ -100,6 +100,16 @@ def test_mask_saves_a_plan_with_both_sparsities(plan, cli, here):
     assert far.code == 0 and "95 % of the blocks were to be dropped" in far.err and "always stay" in far.err
 
 
+def test_masks_by_what_the_loss_depends_on_need_gradients(observe, cli, here):
+    words = ("--sparsity", 0.5, "--score", "loss", "--pool", "model")
+    assert observe().code == 0
+    ran = cli("attend", "mask", "obs", *words, "--out", "plan")
+    assert ran.code == 2 and "observe with --gradients" in ran.error and not (here / "plan").exists()
+    assert observe("--gradients", "--overwrite").code == 0
+    ran = cli("attend", "mask", "obs", *words, "--out", "plan", "--json", "-")
+    assert ran.code == 0 and (here / "plan").is_dir()
+
+
 def test_evaluate_beside_baselines_of_the_same_density(plan, evaluate, here):
     ran = evaluate("--lengths", 16, 32, "--against-baselines", "--json", "e.json")
     assert ran.code == 0, ran.err

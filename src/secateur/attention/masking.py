@@ -1,6 +1,7 @@
 """From observed attention to masks: which blocks a site keeps, at a sparsity.
 
-    score(tile)        mean attention per pair that may meet in it, over all queries and sequences; or its mean square
+    score(tile)        mean attention per pair that may meet in it, over all queries and sequences; or its mean square;
+                       or how much the loss depends on it (`sensitivity`)
     score(distance)    the same over all tiles r - c = d, the sinks' columns left out
     drop               the lowest of a pool, until round(tiles x sparsity) of its tiles that may meet are gone
 
@@ -32,7 +33,7 @@ KINDS = ("toeplitz", "hybrid", "absolute")
 POOLS = ("head", "kv_group", "layer", "stack", "model")
 POPULATIONS = ("possible", "paper")
 RULES = ("mass", "any")
-SCORES = ("mean", "square")
+SCORES = ("mean", "square", "loss")
 LOCAL = 0.75  # of a row's budget: on SmolLM2 the band is worth more than what the mean attention ranks before it
 FAMILIES = ("encoder-self", "decoder-self", "decoder-cross")
 _SHORT = {"cross": "decoder-cross"}
@@ -63,7 +64,8 @@ class Masking:
     """possible: exact counts of what may meet. paper: the percentile over all pairs, those that may not meet too."""
     score: str = "mean"
     """mean: mean attention per pair. square: its mean square over sequences, which also counts where attention only
-    sometimes goes; that of the observed tiles, whatever the block."""
+    sometimes goes; that of the observed tiles, whatever the block. loss: how much the loss depends on a tile, which
+    needs an observation with gradients, and has one unit in all layers: for pool model."""
     rule: str = "mass"
     """mass: a block's mean. any: a block stays if one of its entries does; needs entries."""
     block: int | None = None
@@ -72,7 +74,7 @@ class Masking:
     """Leading key blocks that every query keeps."""
     band: int | None = None
     """Blocks up to the diagonal that stay (and behind it in an encoder); by default three quarters of what the sparsity
-    leaves an average row besides the sinks, but 1 with the paper's percentile and with rule any."""
+    leaves an average row besides the sinks, but 1 with the paper's percentile, with rule any and with score loss."""
     rows: int | None = None
     """hybrid: how many block rows are single blocks, by default a quarter of those observed."""
     sites: tuple[str, ...] = FAMILIES
@@ -264,7 +266,11 @@ class _Grid:
 
     @classmethod
     def of(cls, site: SiteObservation, factor: int, groups: int, score: str) -> _Grid:
-        summed = site.mass if score == "mean" else site.square
+        summed = {"mean": site.mass, "square": site.square, "loss": site.loss}[score]
+        if summed is None:
+            raise UsageError(
+                f"The score 'loss' needs gradients, and {site.name} was observed without: observe with --gradients."
+            )
         mass = summed.double().view(groups, -1, *site.count.shape).mean(1)
         return cls(sum_tiles(mass, factor), sum_tiles(site.count, factor), sum_tiles(site.area, factor))
 
@@ -283,7 +289,7 @@ class _Grid:
 
 
 def _band(site: SiteObservation, grid: _Grid, masking: Masking) -> int:
-    if masking.band is not None or masking.population == "paper":
+    if masking.band is not None or masking.population == "paper" or masking.score == "loss":
         return masking.band or 1
     rows, columns = grid.count.shape
     sinks = int((grid.possible & (torch.arange(columns) < masking.sinks)).sum())

@@ -46,6 +46,8 @@ class SiteObservation:
         facts: (heads, rows, 4) fp32, sums over queries of `secateur.attention.tiles.FACTS`.
         queries: (rows,) int64, queries summed.
         sequences: how many were observed.
+        loss: (heads, rows, columns) fp32, the sum over sequences of `secateur.attention.sensitivity`'s F; None without
+            gradients.
     """
 
     name: str
@@ -60,6 +62,7 @@ class SiteObservation:
     facts: Tensor
     queries: Tensor
     sequences: int
+    loss: Tensor | None = None
 
     @property
     def possible(self) -> Tensor:
@@ -141,7 +144,10 @@ def save_observation(observation: Observation, folder: str | Path, *, overwrite:
     tensors, sites = dict[str, Tensor](), list[dict[str, Any]]()
     for length, found in observation.lengths.items():
         for site in found.values():
-            tensors |= {f"{length}.{site.name}.{key}": getattr(site, key).contiguous() for key in _TENSORS}
+            parts = {key: getattr(site, key) for key in (*_TENSORS, "loss")}
+            tensors |= {
+                f"{length}.{site.name}.{key}": part.contiguous() for key, part in parts.items() if part is not None
+            }
             sites.append({"length": length} | {key: getattr(site, key) for key in _FACTS})
     record = {
         "format": FORMAT, "block": observation.block, "model": dict(observation.model), "text": dict(observation.text),
@@ -188,9 +194,11 @@ def load_observation(folder: str | Path) -> Observation:
             raise UsageError(f"{source / RECORD} is no observation of attention (format {record.get('format')!r}).")
         lengths: dict[int, dict[str, SiteObservation]] = {}
         with safe_open(source / TENSORS, framework="pt") as opened:
+            there = set(opened.keys())
             for facts in record["sites"]:
                 length, name = int(facts["length"]), facts["name"]
-                found = {key: opened.get_tensor(f"{length}.{name}.{key}") for key in _TENSORS}
+                kept = [key for key in (*_TENSORS, "loss") if key in _TENSORS or f"{length}.{name}.{key}" in there]
+                found = {key: opened.get_tensor(f"{length}.{name}.{key}") for key in kept}
                 site = SiteObservation(**{key: facts[key] for key in _FACTS}, **found)
                 _check_site(site)
                 lengths.setdefault(length, {})[name] = site
@@ -222,6 +230,8 @@ def _check_site(site: SiteObservation) -> None:
         "mass": (site.heads, rows, columns), "square": (site.heads, rows, columns), "area": (rows, columns),
         "facts": (site.heads, rows, len(FACTS)), "queries": (rows,),
     }  # fmt: skip
+    if site.loss is not None:
+        wanted["loss"] = (site.heads, rows, columns)
     for key, shape in wanted.items():
         if tuple(getattr(site, key).shape) != shape:
             raise ValueError(f"{key} of {site.name} is {tuple(getattr(site, key).shape)}, not {shape}")

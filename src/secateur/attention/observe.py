@@ -6,8 +6,9 @@ token's place is the number of real tokens before it, so that padding, left or r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.functional import pad
 from secateur.attention.definition import attend
 from secateur.attention.hooks import AttentionCall, intercept
 from secateur.attention.observation import Observation, SiteObservation, check_block
+from secateur.attention.sensitivity import differentiable, objective, sensitivity_tiles
 from secateur.attention.sites import Site
 from secateur.attention.tiles import Tiles, attention_tiles
 from secateur.data.calibration import Calibration, ids_sha256
@@ -32,7 +34,6 @@ LONGEST_BY_ENTRY = 1024  # tokens: the sums of all heads are held
 Data = Calibration | Tensor | Sequence[Mapping[str, Tensor]]
 
 
-@torch.no_grad()
 def observe(
     model: PreTrainedModel,
     data: Data,
@@ -40,6 +41,8 @@ def observe(
     lengths: Sequence[int] | None = None,
     block: int = 64,
     entries: bool = False,
+    gradients: bool = False,
+    seed: int = 0,
     batch_size: int = 1,
     progress: Progress = silent,
 ) -> Observation:
@@ -53,7 +56,9 @@ def observe(
             default the whole rows. Ready batches have lengths of their own, and their longest names the result.
         block: tokens on a side of a tile.
         entries: sum entry by entry (a block of 1); at most 1024 tokens, as the maps of all heads are held.
-        batch_size: rows of ids in one forward pass.
+        gradients: also how much the loss depends on each tile (`sensitivity`): a backward pass a sequence.
+        seed: of the noise that stands for the loss of a model without a head.
+        batch_size: rows of ids in one forward pass; with gradients they run one by one.
         progress: told the sequences done.
 
     Returns:
@@ -87,10 +92,14 @@ def observe(
     with evaluating(model):
         for length, batches in runs.items():
             watcher = _Watcher(block)
-            with intercept(model, watcher) as sites:
+            with intercept(model, watcher) as sites, differentiable(model) if gradients else torch.no_grad():
                 for batch in batches:
-                    watcher.begin()
-                    run(model, batch)
+                    for part in _one_by_one(batch) if gradients else [batch]:
+                        watcher.begin()
+                        if gradients:
+                            objective(model, part, seed).backward()
+                        else:
+                            run(model, part)
                     done += _rows(batch)
                     progress(done, total, f"observing attention at {length} tokens")
             found[length] = {
@@ -172,6 +181,10 @@ def _rows(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
+def _one_by_one(batch: Batch) -> list[Batch]:
+    return [{name: value[row : row + 1] for name, value in batch.items()} for row in range(_rows(batch))]
+
+
 def _about(data: Data) -> dict[str, Any]:
     if isinstance(data, Calibration):
         return dict(data.record)
@@ -190,9 +203,14 @@ class _Sums:
     sequences: int = 0
 
     def add(self, tiles: Tiles) -> None:
-        square = tiles.mass.square() / tiles.count.clamp(min=1)
-        rows, columns = tiles.count.shape
-        for name, seen in {**vars(tiles), "square": square}.items():
+        self._add({**vars(tiles), "square": tiles.mass.square() / tiles.count.clamp(min=1)}, *tiles.count.shape)
+        self.sequences += 1
+
+    def add_loss(self, tiles: Tensor) -> None:
+        self._add({"loss": tiles}, *tiles.shape[1:])
+
+    def _add(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> None:
+        for name, seen in parts.items():
             exact = seen.is_floating_point() and self.block > 1  # by entry the sums would take twice the memory
             seen = seen.to("cpu", torch.float64 if exact else seen.dtype)
             total = self.tensors.get(name)
@@ -207,7 +225,6 @@ class _Sums:
                 total = _grown(_grown(total, -2, rows), -1, columns)
             total[at] += seen
             self.tensors[name] = total
-        self.sequences += 1
 
     def result(self, site: Site) -> SiteObservation:
         kept = {key: value.float() if value.is_floating_point() else value for key, value in self.tensors.items()}
@@ -216,13 +233,25 @@ class _Sums:
         return SiteObservation(
             site.name, site.family, site.heads, site.kv_heads, site.causal,
             mass=kept["mass"], square=kept["square"], count=kept["count"], area=kept["area"],
-            facts=kept["facts"], queries=kept["queries"], sequences=self.sequences,
+            facts=kept["facts"], queries=kept["queries"], sequences=self.sequences, loss=kept.get("loss"),
         )  # fmt: skip
 
 
 def _grown(total: Tensor, dim: int, size: int) -> Tensor:
     lacking = size - total.shape[dim]
     return total if lacking <= 0 else pad(total, (0, 0) * (-1 - dim) + (0, lacking))
+
+
+@dataclass(frozen=True, eq=False)
+class _Sequence:
+    """One sequence's part of a call, without its padding; `queries` and `keys` are the places of real tokens."""
+
+    query: Tensor
+    key: Tensor
+    bias: Tensor | None
+    allowed: Callable[[slice], Tensor]
+    queries: Tensor | None
+    keys: Tensor | None
 
 
 class _Watcher:
@@ -243,12 +272,33 @@ class _Watcher:
             self.keep[site.stack] = call.key_keep
         queries = self.keep.get(site.stack)  # of cross-attention: what the decoder's self-attention found
         sums = self.sums.setdefault(site.name, _Sums(self.block))
-        for row in range(len(call.query)):
-            sums.add(self._tiles(call, row, queries))
-        return attend(call)
+        with torch.no_grad():
+            sequences = [self._sequence(call, row, queries) for row in range(len(call.query))]
+            for one in sequences:
+                tiles = attention_tiles(
+                    one.query, one.key, call.scaling, self.block, allowed=one.allowed, bias=one.bias
+                )
+                sums.add(tiles)
+        output = attend(call)
+        if output.requires_grad:
+            output.register_hook(partial(self._depend, call, sums, sequences))
+        return output
 
-    def _tiles(self, call: AttentionCall, row: int, queries: Tensor | None) -> Tiles:
-        query, key, keys = call.query[row], call.key[row], call.key_keep
+    @torch.no_grad()
+    def _depend(self, call: AttentionCall, sums: _Sums, sequences: Sequence[_Sequence], gradient: Tensor) -> None:
+        for row, one in enumerate(sequences):
+            value, own = call.value[row].detach(), gradient[row].transpose(0, 1)
+            value = value if one.keys is None else value[:, one.keys]
+            own = own if one.queries is None else own[:, one.queries]
+            sums.add_loss(
+                sensitivity_tiles(
+                    one.query, one.key, value, own, call.scaling, self.block, allowed=one.allowed, bias=one.bias
+                )
+            )
+
+    def _sequence(self, call: AttentionCall, row: int, queries: Tensor | None) -> _Sequence:
+        query, key, keys = call.query[row].detach(), call.key[row].detach(), call.key_keep
+        i = j = None
         bias = call.bias()
         bias = None if bias is None else bias[row if len(bias) > 1 else 0]
         size = (query.shape[1], key.shape[1])
@@ -267,7 +317,7 @@ class _Watcher:
             def allowed(rows: slice) -> Tensor:
                 return real[rows]
 
-        return attention_tiles(query, key, call.scaling, self.block, allowed=allowed, bias=bias)
+        return _Sequence(query, key, bias, allowed, i, j)
 
     def _check(self, call: AttentionCall, row: int, i: Tensor, j: Tensor) -> None:
         for positions, real in ((call.query_positions, i), (call.key_positions, j)):

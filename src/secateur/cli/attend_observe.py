@@ -49,6 +49,8 @@ class ObserveOptions:
     """Windows of the longest length, passages, or pairs. Also --nsamples."""
     block: int = 64
     """Tokens on a side of the blocks that are summed; 1 is every entry, for at most 1024 tokens."""
+    gradients: bool = False
+    """Also how much the loss depends on each block, for attend mask --score loss: a backward pass a window."""
     seed: int = 0
     """Of the choice of windows."""
     batch_size: int = 1
@@ -169,10 +171,22 @@ def _observe(opened: Opened, options: ObserveOptions, progress: ProgressBar) -> 
         file, source, target = split_pairs(options.pairs)
         pairs = read_pairs(file, source=source, target=target, limit=options.samples, seed=options.seed)
         return observe_pairs(
-            model, tokenizer, pairs, block=options.block, batch_size=options.batch_size, progress=progress
+            model,
+            tokenizer,
+            pairs,
+            block=options.block,
+            gradients=options.gradients,
+            batch_size=options.batch_size,
+            progress=progress,
         )
     lengths = options.lengths or (1024,)
-    how: dict[str, Any] = {"block": options.block, "entries": options.block == 1, "progress": progress}
+    how: dict[str, Any] = {
+        "block": options.block,
+        "entries": options.block == 1,
+        "gradients": options.gradients,
+        "seed": options.seed,
+        "progress": progress,
+    }
     if not any(site.causal for site in sites):
         from secateur.data.passages import CHARACTERS, passage_batches, passages
         from secateur.data.text import read_text

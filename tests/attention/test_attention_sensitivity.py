@@ -1,0 +1,131 @@
+"""How much the loss depends on each tile, against autograd through a bias on every score."""
+
+import dataclasses
+
+import pytest
+import torch
+from families import ids, make
+
+from secateur.attention.hooks import intercept
+from secateur.attention.masking import make_plan
+from secateur.attention.observation import load_observation, save_observation
+from secateur.attention.observe import observe
+from secateur.errors import UsageError
+
+
+def naive(model, batch, block, loss):
+    """Per site: the gradient of the loss by a bias on each score, tile sums by loops; batch of one sequence."""
+    biases = {}
+
+    def biased(call):
+        scores = call.scores()
+        bias = torch.zeros_like(scores, requires_grad=True)
+        biases[call.site.name] = (bias, call.key_keep)
+        weights = torch.softmax(scores + bias, -1).nan_to_num()
+        value = call.value.repeat_interleave(scores.shape[1] // call.value.shape[1], 1)
+        return (weights @ value).transpose(1, 2)
+
+    with torch.enable_grad(), intercept(model, biased):
+        loss(model, batch).backward()
+    found = {}
+    for name, (bias, keep) in biases.items():
+        slope = bias.grad[0].double()
+        real = torch.arange(slope.shape[-1]) if keep is None else keep[0].nonzero().flatten()
+        slope = slope[:, real][:, :, real] if slope.shape[1] == slope.shape[2] else slope
+        rows, columns = (-(-size // block) for size in slope.shape[1:])
+        tiles = torch.zeros(slope.shape[0], rows, columns, dtype=torch.float64)
+        for i in range(slope.shape[1]):
+            for c in range(columns):
+                tiles[:, i // block, c] += slope[:, i, c * block : (c + 1) * block].sum(-1) ** 2
+        found[name] = tiles
+    model.zero_grad()
+    return found
+
+
+def summed(model, batch):
+    out = model(**batch, labels=batch["input_ids"], use_cache=False)
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    labels = batch["input_ids"].masked_fill(mask == 0, -100)
+    logits = out.logits[:, :-1].flatten(0, 1).float()
+    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten()) * mask.sum()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma3", "mixtral"])
+def test_it_is_the_squared_gradient_of_a_bias_on_the_scores(family):
+    model = make(family)
+    tokens = ids(2, 11)
+    seen = observe(model, tokens, block=4, gradients=True).at()
+    rows = [naive(model, {"input_ids": row[None]}, 4, summed) for row in tokens]
+    for name, site in seen.items():
+        expected = sum(row[name] for row in rows)
+        assert expected.max() > 0
+        torch.testing.assert_close(site.loss.double(), expected, rtol=1e-3, atol=1e-6 * float(expected.max()))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(side):
+    model, tokens = make("llama"), ids(1, 9)
+    padded = torch.nn.functional.pad(tokens, (4, 0) if side == "left" else (0, 4))
+    mask = torch.nn.functional.pad(torch.ones_like(tokens), (4, 0) if side == "left" else (0, 4))
+    plain = observe(model, tokens, block=4, gradients=True).at()
+    found = observe(model, [{"input_ids": padded, "attention_mask": mask}], block=4, gradients=True).at()
+    for name, site in plain.items():
+        torch.testing.assert_close(found[name].loss, site.loss, rtol=1e-3, atol=1e-6 * float(site.loss.max()))
+
+
+def test_the_mean_attention_is_the_same_with_gradients_and_without():
+    model, tokens = make("qwen2"), ids(2, 12)
+    with_them, without = (observe(model, tokens, block=4, gradients=wanted).at() for wanted in (True, False))
+    for name, site in without.items():
+        assert site.loss is None
+        torch.testing.assert_close(with_them[name].mass, site.mass)
+        assert torch.equal(with_them[name].count, site.count)
+
+
+def test_two_texts_and_their_cross_attention():
+    model = make("t5")
+    batch = {"input_ids": ids(2, 9), "decoder_input_ids": ids(2, 7, seed=1)}
+    seen = observe(model, [batch], block=2, gradients=True).at()
+    assert {site.family for site in seen.values()} == {"encoder-self", "decoder-self", "decoder-cross"}
+    assert all(site.loss.shape == site.mass.shape and site.loss.sum() > 0 for site in seen.values())
+
+
+def test_a_model_without_a_head_is_asked_for_its_states(tmp_path):
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    model = transformers.BertModel(config).eval()
+    tokens = ids(2, 12)
+    one, again, other = (observe(model, tokens, block=4, gradients=True, seed=seed) for seed in (0, 0, 1))
+    name = next(iter(one.at()))
+    assert torch.equal(one.at()[name].loss, again.at()[name].loss)
+    assert not torch.equal(one.at()[name].loss, other.at()[name].loss)
+    loaded = load_observation(save_observation(one, tmp_path / "seen"))
+    assert torch.equal(loaded.at()[name].loss, one.at()[name].loss)
+
+
+def test_masks_by_loss_keep_what_the_loss_depends_on():
+    seen = observe(make("llama"), ids(3, 16), block=2, gradients=True)
+    sites = dict(seen.at())
+    name, other = list(sites)[:2]
+    heavy = {
+        key: dataclasses.replace(site, loss=site.loss * (1e6 if key == name else 1)) for key, site in sites.items()
+    }
+    tilted = dataclasses.replace(seen, lengths={16: heavy})
+    plan = make_plan(tilted, 0.5, kind="absolute", score="loss", pool="model")
+    kept = {key: int(mask.layout(16, 16).keep.sum()) for key, mask in plan.sites.items()}
+    always = 8 + 7  # the diagonal, and the first column
+    heads = seen.at()[other].heads
+    assert kept[other] == heads * always
+    assert kept[name] == heads * (36 - always)
+    assert plan.record["masking"]["score"] == "loss"
+
+
+def test_masks_by_loss_need_gradients():
+    seen = observe(make("llama"), ids(2, 16), block=4)
+    with pytest.raises(UsageError, match="observe with --gradients"):
+        make_plan(seen, 0.5, score="loss")
