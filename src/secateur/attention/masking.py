@@ -1,7 +1,6 @@
 """From observed attention to masks: which blocks a site keeps, at a sparsity.
 
-    score(tile)        mean attention per pair that may meet in it, over all queries and sequences; or its mean square;
-                       or how much the loss depends on it (`sensitivity`)
+    score(tile)        mean attention per pair that may meet in it, or its mean square, or `sensitivity`'s loss per pair
     score(distance)    the same over all tiles r - c = d, the sinks' columns left out
     drop               the lowest of a pool, until round(tiles x sparsity) of its tiles that may meet are gone
 
@@ -268,9 +267,7 @@ class _Grid:
     def of(cls, site: SiteObservation, factor: int, groups: int, score: str) -> _Grid:
         summed = {"mean": site.mass, "square": site.square, "loss": site.loss}[score]
         if summed is None:
-            raise UsageError(
-                f"The score 'loss' needs gradients, and {site.name} was observed without: observe with --gradients."
-            )
+            raise UsageError(f"The score 'loss' needs gradients, and {site.name} has none: observe with --gradients.")
         mass = summed.double().view(groups, -1, *site.count.shape).mean(1)
         return cls(sum_tiles(mass, factor), sum_tiles(site.count, factor), sum_tiles(site.area, factor))
 

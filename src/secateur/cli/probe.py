@@ -30,7 +30,7 @@ hold what a model wrote, so treat them as sensitive; pages and records leave tex
 examples:
   secateur probe study smollm2 --prompts builtin --sparsities 0.2 --targets attention all --limit 24 --out study/
   secateur probe study FOLDER --prompts integrated.yaml xstest_prompts.csv --limit 40 --out study/ --resume
-  secateur probe answer http://localhost:8000/v1 --model-name NAME --prompts builtin --out answers.jsonl
+  secateur probe answer http://localhost:8000/v1 --served-as NAME --prompts builtin --out answers.jsonl
   secateur probe compare dense.jsonl pruned.jsonl --judges classifier keyword:xstest
 """
 
