@@ -127,14 +127,15 @@ class Group:
             batches = passage_batches(self.tokenizer, words, self.length, self.size)
             return observe(self.model, batches, block=self.block, entries=self.block == 1, progress=progress)
         drawn = calibration(self.tokenizer, "gutenberg", n=samples, seqlen=self.length, model=self.model)
-        return observe(self.model, drawn, block=self.block, progress=progress)
+        by_loss = any(kind.endswith(":loss") for kind in self.options.kinds)
+        return observe(self.model, drawn, block=self.block, gradients=by_loss, progress=progress)
 
     def plan(self, kind: str, sparsity: float) -> Plan:
         """Of this effective sparsity on the measured data."""
         seen = self.held.observation
         assert seen is not None
         made = partial(make_plan, self.observation, sites=self.sites, extend="diagonal")
-        base, _, pool = kind.partition(":")
+        base, pool, score = (*kind.split(":"), "", "")[:3]
         if base in ("window", "random"):
             like = made(0.5, kind="toeplitz")
             make: Callable[[float], Plan] = lambda share: (  # noqa: E731
@@ -142,6 +143,7 @@ class Group:
             )
         else:
             make = partial(made, kind=base, cross="absolute" if base == "hybrid" else base, pool=pool or "layer")
+            make = partial(make, score=score or "mean")
         return at_sparsity(make, sparsity, seen)
 
     def row(self, case: Case) -> dict[str, Any]:
@@ -263,7 +265,12 @@ def main() -> None:
     parser.add_argument("--pairs", default="../shared/data/mt/tatoeba_en_zh.jsonl")
     parser.add_argument("--pool", type=int, default=4000, help="pairs to take sentences of fitting length from")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.75, 0.9, 0.25, 0.95])
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="of masks, as toeplitz or toeplitz:POOL")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        default=list(KINDS),
+        help="of masks, as toeplitz, toeplitz:POOL or toeplitz:POOL:loss (smollm2)",
+    )
     parser.add_argument("--pooled", nargs="*", default=list(POOLED), help="more kinds, of minilm and opus-mt-zh-en")
     parser.add_argument("--train-at", type=float, nargs="*", default=[0.9, 0.75, 0.5])
     parser.add_argument("--train-kinds", nargs="+", default=["toeplitz", "window", "random"])

@@ -8,7 +8,7 @@ import torch
 import transformers
 from families import ids, make
 
-from secateur.attention.plan import SiteMask, make_plan
+from secateur.attention.plan import SiteMask, plan_of
 from secateur.attention.sites import find_sites
 
 BLOCK = 4
@@ -68,7 +68,7 @@ def random_mask(site, kind, rng, blocks=16, density=0.4):
 def random_plan(model, kind, seed=0, density=0.4):
     """Every site masked, each in its own way."""
     rng = random.Random(seed)
-    return make_plan(model, {site.name: random_mask(site, kind, rng, density=density) for site in find_sites(model)})
+    return plan_of(model, {site.name: random_mask(site, kind, rng, density=density) for site in find_sites(model)})
 
 
 def keep_all(model):
@@ -78,7 +78,7 @@ def keep_all(model):
         site.name: SiteMask("absolute", BLOCK, site.causal, rows=rows, cross=site.kind == "cross")
         for site in find_sites(model)
     }
-    return make_plan(model, masks)
+    return plan_of(model, masks)
 
 
 def kept(mask, head, query, key):

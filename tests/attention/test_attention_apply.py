@@ -21,7 +21,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from secateur.attention.apply import attached
 from secateur.attention.definition import masked
-from secateur.attention.plan import make_plan
+from secateur.attention.plan import plan_of
 from secateur.errors import UsageError
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -179,14 +179,14 @@ def test_padding_behind_the_calibrated_length_does_not_count():
     model, given = attention_model("t5"), inputs("t5", seqlen=16)
     sites = random_plan(model, "absolute").sites
     short = {name: replace(mask, rows=mask.rows[:, :4, :4]) for name, mask in sites.items()}
-    plan = make_plan(model, short)
+    plan = plan_of(model, short)
     longer = torch.nn.functional.pad(given["input_ids"], (0, 5))
     real = torch.tensor([[1] * 16 + [0] * 5] * 2)
     with attached(model, plan):
         alone = logits(model, **given)
         with pytest.raises(UsageError, match="calibrated at 16 tokens"):
             logits(model, **given | {"input_ids": longer, "attention_mask": real})
-    cross = make_plan(model, {name: mask for name, mask in short.items() if mask.cross})
+    cross = plan_of(model, {name: mask for name, mask in short.items() if mask.cross})
     with attached(model, cross):
         alone = logits(model, **given)
         batch = logits(model, **given | {"input_ids": longer, "attention_mask": real})

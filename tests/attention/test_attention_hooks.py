@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from secateur.attention.apply import attached
 from secateur.attention.definition import attend
 from secateur.attention.hooks import intercept
-from secateur.attention.plan import make_plan
+from secateur.attention.plan import plan_of
 from secateur.attention.sites import find_sites
 from secateur.errors import ModelNotSupported, RunFailure, UnknownName, UsageError
 
@@ -76,7 +76,7 @@ def test_other_attention_is_refused(family, message):
     with pytest.raises(ModelNotSupported, match=message), intercept(model, attend):
         pass
     with pytest.raises(ModelNotSupported, match=message):
-        make_plan(model, {})
+        plan_of(model, {})
 
 
 def test_soft_capped_scores_are_refused():
@@ -263,7 +263,7 @@ def test_sites_left_out_stay_dense():
     model, tokens = make("llama"), ids(1, 20)
     plan = random_plan(model, "toeplitz", density=0.2)
     first, second = plan.model_sites
-    part = make_plan(model, {second.name: plan.sites[second.name]})
+    part = plan_of(model, {second.name: plan.sites[second.name]})
     with attached(model, part) as said:
         ours = calls_outputs(model, tokens)
     dense = calls_outputs(model, tokens)

@@ -8,7 +8,7 @@ import torch
 from attention_models import BLOCK, KINDS, attention_model, kept, pairs, random_mask, random_plan
 from families import make
 
-from secateur.attention.plan import RECORD, TENSORS, SiteMask, load_plan, make_plan, save_plan
+from secateur.attention.plan import RECORD, TENSORS, SiteMask, load_plan, plan_of, save_plan
 from secateur.attention.sites import Site, find_sites
 from secateur.errors import LoadFailure, OutputExists, SaveFailure, UsageError
 
@@ -76,7 +76,7 @@ def test_density_counts_pairs_and_blocks(family, kind):
 def test_plan_density_is_one_where_dense():
     model = make("llama")
     first, second = find_sites(model)
-    plan = make_plan(model, {first.name: random_mask(first, "toeplitz", random.Random(0))})
+    plan = plan_of(model, {first.name: random_mask(first, "toeplitz", random.Random(0))})
     shares = plan.density([8, 24])
     assert shares[24][second.name] == 1.0 and shares[8][second.name] == 1.0
     assert shares[24][first.name] == pytest.approx(plan.sites[first.name].density(24).mean().item())
@@ -125,7 +125,7 @@ def test_a_mask_is_checked(changes, message):
 def test_a_plan_comes_back_from_its_files(tmp_path, family, kind):
     model = attention_model(family)
     plan = random_plan(model, kind)
-    plan = make_plan(model, plan.sites, {"p": 0.9, "pool": "layer", "lengths": [128, 512]})
+    plan = plan_of(model, plan.sites, {"p": 0.9, "pool": "layer", "lengths": [128, 512]})
     assert save_plan(plan, tmp_path / "plan") == (tmp_path / "plan").resolve()
     back = load_plan(tmp_path / "plan")
     assert (back.model_type, back.architecture, back.model_sites, back.record) == (
@@ -166,7 +166,7 @@ def test_bad_plan_files_are_refused(tmp_path):
         save_plan(plan, tmp_path / "file")
     with pytest.raises(SaveFailure, match="could not be saved"):
         save_plan(plan, tmp_path / "file" / "below")
-    unplain = make_plan(make("llama"), plan.sites, {"p": float("nan")})
+    unplain = plan_of(make("llama"), plan.sites, {"p": float("nan")})
     with pytest.raises(SaveFailure, match="could not be saved"):
         save_plan(unplain, tmp_path / "unplain")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
@@ -214,9 +214,9 @@ def test_masks_must_fit_their_sites():
     name = find_sites(model)[0].name
     band = {"offsets": torch.ones(3, 2, dtype=torch.bool)}
     with pytest.raises(UsageError, match="no attention site of LlamaForCausalLM"):
-        make_plan(model, {"model.layers.9.self_attn": SiteMask("toeplitz", BLOCK, True, **band)})
+        plan_of(model, {"model.layers.9.self_attn": SiteMask("toeplitz", BLOCK, True, **band)})
     with pytest.raises(UsageError, match="has 4 heads, and its mask 3"):
-        make_plan(model, {name: SiteMask("toeplitz", BLOCK, True, **band)})
+        plan_of(model, {name: SiteMask("toeplitz", BLOCK, True, **band)})
     band["offsets"] = band["offsets"][:1]
     with pytest.raises(UsageError, match="decoder-self attention, and its mask says causal=False"):
-        make_plan(model, {name: SiteMask("toeplitz", BLOCK, False, **band)})
+        plan_of(model, {name: SiteMask("toeplitz", BLOCK, False, **band)})

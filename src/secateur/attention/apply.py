@@ -48,7 +48,7 @@ def attached(model: nn.Module, plan: Plan, backend: str = "auto") -> Iterator[At
 
     Args:
         model: the plan's model, in any wrapping that keeps its sites.
-        plan: from `make_plan` or `load_plan`.
+        plan: from `masking.make_plan`, `plan_of` or `load_plan`.
         backend: `auto`, or one of `kernels.block_attention.BACKENDS` for all calls but single decoded rows.
 
     Yields:

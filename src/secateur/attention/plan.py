@@ -24,14 +24,14 @@ from ..models.cache import scratch_beside, sync
 from .site_mask import SiteMask
 from .sites import Site, find_sites
 
-__all__ = ["RECORD", "TENSORS", "Plan", "SiteMask", "load_plan", "make_plan", "save_plan"]
+__all__ = ["RECORD", "TENSORS", "Plan", "SiteMask", "load_plan", "plan_of", "save_plan"]
 TENSORS, RECORD = "attention_plan.safetensors", "attention_plan.json"
 FORMAT = "secateur attention plan 1"
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Masks for one model; make it with `make_plan`.
+    """Masks for one model; make it with `plan_of`.
 
     Attributes:
         model_type, architecture: of the model's config, and its class.
@@ -93,7 +93,7 @@ class Plan:
         return sum(shares[name] * count for name, count in pairs.items()) / sum(pairs.values())
 
 
-def make_plan(model: nn.Module, sites: Mapping[str, SiteMask], record: Mapping[str, Any] | None = None) -> Plan:
+def plan_of(model: nn.Module, sites: Mapping[str, SiteMask], record: Mapping[str, Any] | None = None) -> Plan:
     """A plan for this model.
 
     Args:
