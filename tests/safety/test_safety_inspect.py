@@ -82,16 +82,19 @@ def test_a_mock_model_and_the_log_read_again(offline):
     assert [sample.metadata["sha256"] for sample in log.samples] == [p.sha256 for p in PROMPTS]
     assert [sample.scores["says"].value["refusal"] for sample in log.samples] == [1, 0, 1, 0]
     assert log.samples[0].scores["says"].answer == "partial"
-    scores = {(s.scorer, s.name): {k: m.value for k, m in s.metrics.items()} for s in log.results.scores}
+    scores = {  # inspect-ai puts the package's name before a metric's if it can tell where the function was defined
+        (s.scorer, s.name): {k.removeprefix("secateur/"): m.value for k, m in s.metrics.items()}
+        for s in log.results.scores
+    }
     refusal = scores["says", "refusal"]
     assert refusal["mean"] == 0.5
     # two clusters, each with one refusal of two: the tasks do not differ, so the error is 0 where that of four
     # independent answers would be 0.29
     assert refusal["stderr"] == pytest.approx(0)
-    assert refusal["secateur/category_cooking"] == 0.5 and refusal["secateur/label_benign"] == 0.5
-    assert refusal["secateur/template_play"] == 0 and refusal["secateur/template_bare"] == pytest.approx(2 / 3)
+    assert refusal["category_cooking"] == 0.5 and refusal["label_benign"] == 0.5
+    assert refusal["template_play"] == 0 and refusal["template_bare"] == pytest.approx(2 / 3)
     # three bare answers 1, 1, 0 of tasks a, b, b: the sums of their deviations 1/3 and -1/3, over n = 3
-    assert refusal["secateur/template_bare stderr"] == pytest.approx(math.sqrt(2 / 1 * (2 / 9)) / 3)
+    assert refusal["template_bare stderr"] == pytest.approx(math.sqrt(2 / 1 * (2 / 9)) / 3)
     assert scores["says", "compliance"]["mean"] == 0.5
     assert any(scorer.startswith("keyword") for scorer, _ in scores)
 
