@@ -9,7 +9,7 @@
 Every kind of mask is brought to the same effective sparsity on the measured data (`at_sparsity`), so that a row of the
 table compares equals; where a kind cannot be so sparse (its diagonal, sinks and band stay) the nearest is taken and its
 own sparsity is in the record. Blocks are a 64th of the length, of sentences single entries. Cases with `trained` are
-measured after training under the mask. Writes results/NAME.json after every case; the same request goes on from there.
+measured after training under the mask; `dense trained` is what the same training does to the model without one. Writes results/NAME.json after every case; the same request goes on from there.
 `--quick` is a small run to see that all works.
 """
 
@@ -79,6 +79,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
         found += [Case(model, what, share, kind) for share in options.sparsities for kind in kinds]
     for model, what in (groups[0], ("minilm", str(options.encoder_length)), ("opus-mt-zh-en", "all")):
         found += [Case(model, what, share, kind, True) for share in options.train_at for kind in options.train_kinds]
+        found += [Case(model, what, 0.0, "dense", True)] * bool(options.train_at)
     return [case for case in found if options.only is None or options.only in str(case)]
 
 
@@ -135,6 +136,8 @@ class Group:
         seen = self.held.observation
         assert seen is not None
         made = partial(make_plan, self.observation, sites=self.sites, extend="diagonal")
+        if kind == "dense":
+            return made(0.0, kind="toeplitz")
         base, pool, score = (*kind.split(":"), "", "")[:3]
         if base in ("window", "random"):
             like = made(0.5, kind="toeplitz")
@@ -147,7 +150,7 @@ class Group:
         return at_sparsity(make, sparsity, seen)
 
     def row(self, case: Case) -> dict[str, Any]:
-        if case.kind == "dense":
+        if case.kind == "dense" and not case.trained:
             return self.held.measure("dense", self.model).to_dict()
         plan = self.plan(case.kind, case.sparsity)
         found: dict[str, Any] = {"sparsity_calibration": sparsity_on(plan, self.observation)[0]}
