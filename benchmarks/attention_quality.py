@@ -9,7 +9,8 @@
 Every kind of mask is brought to the same effective sparsity on the measured data (`at_sparsity`), so that a row of the
 table compares equals; where a kind cannot be so sparse (its diagonal, sinks and band stay) the nearest is taken and its
 own sparsity is in the record. Blocks are a 64th of the length, of sentences single entries. Cases with `trained` are
-measured after training under the mask; `dense trained` is what the same training does to the model without one. Writes results/NAME.json after every case; the same request goes on from there.
+measured after training under the mask; `dense trained` is what the same training does to the model without one.
+Writes results/NAME.json after every case; the same request goes on from there.
 `--quick` is a small run to see that all works.
 """
 

@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens; 4096, and 4096 16384 65536 on a GPU")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.5], help="shares of the blocks kept")
     parser.add_argument("--blocks", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--backends", nargs="+", default=["flex", "gather", "reference"], help="on the CPU")
+    parser.add_argument("--backends", nargs="+", default=["native", "flex", "gather", "reference"], help="on the CPU")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--prefill", type=int, help="tokens of a prefill of SmolLM2, instead of attention alone")

@@ -25,11 +25,11 @@ from typing import Any
 
 from machine import RESULTS, store
 
+from secateur.cache import cache_folder
 from secateur.cli.output import say, warn
 from secateur.cli.probe_study import PAGE, print_study, write_page
 from secateur.cli.progress_bar import ProgressBar
 from secateur.errors import LoadFailure, SecateurError, UsageError
-from secateur.models.cache import cache_folder
 from secateur.probing.options import Study
 from secateur.probing.study import run_study
 

@@ -21,7 +21,7 @@ from scipy.sparse import csr_matrix, hstack
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score
 
-from secateur.models.cache import scratch_beside
+from secateur.cache import scratch_beside
 from secateur.safety import reading
 from secateur.safety.judges.classifier import SHIPPED
 

@@ -11,11 +11,14 @@ from attention_cases import CASES, Case, gradients, naive
 
 from secateur.errors import UnknownName, UsageError
 from secateur.kernels import block_attention as package
-from secateur.kernels.block_attention import block_attention, choose_backend, refusal
+from secateur.kernels.block_attention import block_attention, choose_backend, native, refusal
 from secateur.kernels.block_attention import flex as flex_backend
 from secateur.kernels.block_attention import gather as gather_backend
 from secateur.kernels.block_attention import reference as reference_backend
 
+NATIVE = pytest.param(
+    "native", marks=pytest.mark.skipif(native.cannot_compile() is not None, reason=str(native.cannot_compile()))
+)
 LONG = Case(heads=3, key_heads=1, queries=1030, keys=1030, size=16, block=64, dead=True)
 
 
@@ -25,7 +28,7 @@ def run(case, backend, tensors=None, **options):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("backend", ["reference", "gather"])
+@pytest.mark.parametrize("backend", ["reference", "gather", NATIVE])
 def test_a_backend_gives_what_entry_by_entry_attention_gives(case, backend):
     wanted = naive(*case.tensors(), case.layout(), case.key_keep())
     assert torch.allclose(run(case, backend).double(), wanted, atol=2e-6)
@@ -45,14 +48,14 @@ def test_gradients_are_those_of_entry_by_entry_attention(case, backend):
         assert torch.allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "gather"])
+@pytest.mark.parametrize("backend", ["reference", "gather", NATIVE])
 def test_a_given_scale_is_used(backend):
     case = CASES[0]
     wanted = naive(*case.tensors(), case.layout(), scale=1.0)
     assert torch.allclose(run(case, backend, scale=1.0).double(), wanted, atol=5e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "gather"])
+@pytest.mark.parametrize("backend", ["reference", "gather", NATIVE])
 def test_everything_kept_is_dense_attention(backend):
     case = replace(CASES[0], queries=100, keys=100)
     dense = torch.nn.functional.scaled_dot_product_attention(*case.tensors(), is_causal=True)
@@ -131,39 +134,45 @@ def test_flex_masks_share_one_function():
     assert len({id(mask.mask_mod) for mask in masks}) == 1
 
 
-def test_without_a_compiler_flex_says_so_and_auto_goes_on(monkeypatch):
+def test_without_a_compiler_two_say_so_and_auto_goes_on(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(package, "LONG", 1024)
     tensors = LONG.tensors()
-    with pytest.raises(UsageError, match="needs a C\\+\\+ compiler, and there is no no-such-compiler"):
-        run(LONG, "flex", tensors)
+    for backend in ("flex", "native"):
+        with pytest.raises(UsageError, match="needs a C\\+\\+ compiler, and there is no no-such-compiler"):
+            run(LONG, backend, tensors)
     assert choose_backend(tensors[0], tensors[1], LONG.layout(density=0.1)) == "gather"
 
 
-def test_a_compiler_that_fails_is_told_and_auto_goes_on(monkeypatch):
+@pytest.mark.parametrize(("module", "dtype"), [(flex_backend, torch.bfloat16), (native, torch.float32)])
+def test_a_compiler_that_fails_is_told_and_auto_goes_on(module, dtype, monkeypatch):
     def fails(*args):
-        raise flex_backend.CannotCompile("FlexAttention could not be compiled: no headers.")
+        raise package.CannotCompile("It could not be compiled: no headers.")
 
-    monkeypatch.setattr(flex_backend, "flex_attention", fails)
-    monkeypatch.setattr(flex_backend, "cannot_compile", lambda: None)
+    name = module.__name__.rpartition(".")[2]
+    monkeypatch.setattr(module, f"{name}_attention", fails)
+    monkeypatch.setattr(module, "cannot_compile", lambda: None)
     monkeypatch.setattr(package, "LONG", 1024)
-    tensors = LONG.tensors()
+    tensors = LONG.tensors(dtype)
     with pytest.warns(UserWarning, match="no headers"):
         found = block_attention(*tensors, LONG.layout())
-    assert torch.allclose(found, run(LONG, "reference"), atol=2e-6)
-    with pytest.raises(flex_backend.CannotCompile):
-        run(LONG, "flex", tensors)
+    assert torch.equal(found, run(LONG, "gather", tensors))
+    with pytest.raises(package.CannotCompile):
+        run(LONG, name, tensors)
 
 
 def test_auto_takes_the_backend_that_fits(monkeypatch):
-    monkeypatch.setattr(flex_backend, "cannot_compile", lambda: None)
+    for module in (flex_backend, native):
+        monkeypatch.setattr(module, "cannot_compile", lambda: None)
     case = Case(queries=2048, keys=2048, size=16, block=64)
     query, key, _ = case.tensors()
     sparse, full = case.layout(density=0.1), case.layout(density=2.0)
     keep = torch.ones(1, 2048, dtype=torch.bool)
-    assert choose_backend(query, key, sparse) == "flex"
+    assert choose_backend(query, key, sparse) == "native"
+    assert choose_backend(query.bfloat16(), key.bfloat16(), sparse) == "flex"
     assert choose_backend(query, key, full) == "reference"
-    assert choose_backend(query, key, sparse, keep) == "gather"
+    assert choose_backend(query, key, sparse, keep) == "native"
+    assert choose_backend(query.bfloat16(), key.bfloat16(), sparse, keep) == "gather"
     assert choose_backend(query, key, sparse, needs_grad=True) == "gather"
     assert choose_backend(query.double(), key.double(), sparse) == "gather"
     small = CASES[0]
@@ -175,6 +184,8 @@ def test_auto_takes_the_backend_that_fits(monkeypatch):
     [
         ("triton", {}, "runs on CUDA devices, not on cpu"),
         ("triton", {"dtype": torch.float64}, "float16, bfloat16 and float32, not torch.float64"),
+        ("native", {"needs_grad": True}, "on a CPU it has no gradients"),
+        ("native", {"dtype": torch.bfloat16}, "computes in float32, not torch.bfloat16"),
         ("flex", {"padded": True}, "does not take padding"),
         ("flex", {"needs_grad": True}, "on a CPU it has no gradients"),
         ("flex", {"queries": 1}, "more than one query"),
@@ -234,7 +245,7 @@ def test_chunks_and_single_queries_give_the_rows_of_the_whole():
         rows = slice(start // 16, (stop - 1) // 16 + 1)
         columns = -(-stop // 16)
         part = package.BlockLayout(layout.keep[:, rows, :columns], 16, stop - start, stop, True, start)
-        for backend in ("reference", "gather"):
+        for backend in ("reference", "gather", *["native"] * (native.cannot_compile() is None)):
             found = block_attention(
                 q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], part, scale=0.2, backend=backend
             )

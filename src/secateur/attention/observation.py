@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.attention.tiles import FACTS
+from secateur.cache import scratch_beside, sync
 from secateur.errors import InvalidParameter, LoadFailure, OutputExists, SaveFailure, UsageError
-from secateur.models.cache import scratch_beside, sync
 
 FORMAT = "secateur attention observation 1"
 TENSORS, RECORD = "observation.safetensors", "observation.json"

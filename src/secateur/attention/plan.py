@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from secateur.cache import scratch_beside, sync
+
 from ..errors import LoadFailure, OutputExists, SaveFailure, UsageError
-from ..models.cache import scratch_beside, sync
 from .site_mask import SiteMask
 from .sites import Site, find_sites
 

@@ -51,7 +51,7 @@ class EvaluateOptions:
     against_baselines: bool = False
     """Also measure random masks, and sinks with a local window, of each plan's density."""
     backend: str = "auto"
-    """What computes the masked attention: auto, triton, flex, gather or reference."""
+    """What computes the masked attention: auto, triton, native, flex, gather or reference."""
     batch_size: int = 1
     """Windows in one forward pass."""
     revision: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_UNSET)] = None

@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 import tyro
 
+from secateur.cache import scratch_beside
 from secateur.cli.options import given, parse
 from secateur.cli.output import STDOUT, check_json, percent, print_table, provenance, size, warn, write_json
 from secateur.cli.progress_bar import ProgressBar, duration
 from secateur.cli.request import Opened, check_count, check_device, check_dtype, open_model
 from secateur.errors import UsageError
-from secateur.models.cache import scratch_beside
 from secateur.recovery.options import Recovery
 
 _UNSET = ""

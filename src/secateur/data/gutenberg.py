@@ -16,8 +16,9 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 
+from secateur.cache import cache_folder
+
 from ..errors import LoadFailure
-from ..models.cache import cache_folder
 from ..models.fetch import fetch_from_wheel
 from ..progress import Progress, silent
 

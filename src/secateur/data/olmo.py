@@ -14,8 +14,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from secateur.cache import cache_folder
+
 from ..errors import LoadFailure
-from ..models.cache import cache_folder
 from ..models.fetch import fetch_members, one_line
 from ..progress import Progress, silent
 

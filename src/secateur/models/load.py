@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from secateur.cache import cache_folder, scratch_beside, sync
+
 from ..errors import InvalidParameter, LoadFailure, ModelNotSupported, UnknownName
 from ..progress import Progress, silent
 from . import gguf
 from .builtin import BUILT_IN, Source, resolve_built_in
-from .cache import cache_folder, scratch_beside, sync
 from .fetch import HubUnreachable, NotOnHub, fetch_from_hub, one_line, quiet_transformers
 from .package_index import file_sha256
 

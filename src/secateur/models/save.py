@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from secateur.cache import scratch_beside, sync
+
 from ..errors import OutputExists, SaveFailure, SecateurError
 from .builtin import BUILT_IN
-from .cache import scratch_beside, sync
 from .fetch import one_line, quiet_transformers
 
 if TYPE_CHECKING:

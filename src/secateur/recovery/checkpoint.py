@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from secateur.cache import scratch_beside, sync
 from secateur.errors import LoadFailure, SaveFailure, UsageError
-from secateur.models.cache import scratch_beside, sync
 
 FORMAT = "secateur recovery 1"
 

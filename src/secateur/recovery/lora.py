@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from secateur.cache import scratch_beside, sync
 from secateur.errors import UsageError
-from secateur.models.cache import scratch_beside, sync
 from secateur.models.layers import Layer
 
 FOLDER = "adapter"  # inside the saved model's folder

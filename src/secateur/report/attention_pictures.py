@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from secateur.cache import scratch_beside, sync
 from secateur.errors import SaveFailure, UsageError
-from secateur.models.cache import scratch_beside, sync
 from secateur.report.attention_page import FAMILIES, MEASURES, AttentionReport, Measure, by_layer, curves
 
 DOTS = 150  # an inch

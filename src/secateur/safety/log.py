@@ -13,8 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
+from secateur.cache import scratch_beside, sync
+
 from ..errors import LoadFailure, SaveFailure, UsageError
-from ..models.cache import scratch_beside, sync
 from ..models.fetch import one_line
 from .prompts import PromptSet
 from .records import Answer

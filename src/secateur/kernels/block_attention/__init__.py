@@ -3,6 +3,7 @@
 The definition is `reference`; the others give the same numbers and skip the rest of the work:
 
     triton      own kernels: CUDA, with gradients
+    native      own kernel in C++, compiled on first use: CPU, fp32, without gradients
     flex        PyTorch's FlexAttention on our lists: CUDA with gradients, CPU without
     gather      the kept blocks gathered, then dense attention: any device, with gradients
     reference   dense attention under a mask: anything
@@ -18,16 +19,17 @@ import torch
 from torch import Tensor
 
 from secateur.errors import UnknownName, UsageError
+from secateur.kernels.block_attention.compiler import CannotCompile
 from secateur.kernels.block_attention.gather import gathered_attention
 from secateur.kernels.block_attention.layout import BlockLayout, blocks_of
 from secateur.kernels.block_attention.reference import is_dense, reference_attention
 
 __all__ = ["BACKENDS", "BlockLayout", "block_attention", "blocks_of", "choose_backend", "refusal"]
 
-BACKENDS = ("triton", "flex", "gather", "reference")
+BACKENDS = ("triton", "native", "flex", "gather", "reference")
 
-LONG = 2048  # from this length on FlexAttention pays on a CPU, where compiling takes ten seconds, once
-SHORT = 256  # below this length gathering does not
+LONG = 2048  # from this length on FlexAttention pays on a CPU, where compiling takes ten seconds in every process
+SHORT = 256  # below this length neither our own kernel nor gathering does
 
 
 def block_attention(
@@ -73,16 +75,20 @@ def block_attention(
         from secateur.kernels.block_attention.triton import triton_attention
 
         return triton_attention(query, key, value, layout, scale, key_keep)
-    if chosen == "flex":
-        from secateur.kernels.block_attention.flex import CannotCompile, flex_attention
+    try:
+        if chosen == "native":
+            from secateur.kernels.block_attention.native import native_attention
 
-        try:
+            return native_attention(query, key, value, layout, scale, key_keep)
+        if chosen == "flex":
+            from secateur.kernels.block_attention.flex import flex_attention
+
             return flex_attention(query, key, value, layout, scale)
-        except CannotCompile as error:
-            if backend != "auto":
-                raise
-            warnings.warn(str(error), stacklevel=2)
-            chosen = "gather"
+    except CannotCompile as error:
+        if backend != "auto":
+            raise
+        warnings.warn(str(error), stacklevel=2)
+        chosen = "gather"
     if chosen == "gather":
         return gathered_attention(query, key, value, layout, scale, key_keep)
     return reference_attention(query, key, value, layout, scale, key_keep)
@@ -104,7 +110,7 @@ def choose_backend(
     if "triton" in able or (not on_cuda and size < LONG * LONG):
         able = [name for name in able if name != "flex"]
     if size < SHORT * SHORT:
-        able = [name for name in able if name != "gather"]
+        able = [name for name in able if name not in ("native", "gather")]
     return able[0]
 
 
@@ -125,8 +131,10 @@ def refusal(
     if backend in ("gather", "reference"):
         return None
     on_cpu, size, otherwise = query.device.type == "cpu", query.shape[-1], ": use gather or reference"
-    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"it computes in float16, bfloat16 and float32, not {query.dtype}{otherwise}"
+    known = (torch.float32,) if backend == "native" else (torch.float16, torch.bfloat16, torch.float32)
+    if query.dtype not in known:
+        names = "float32" if backend == "native" else "float16, bfloat16 and float32"
+        return f"it computes in {names}, not {query.dtype}{otherwise}"
     if backend == "triton":
         if find_spec("triton") is None:
             return f"Triton is not installed (pip install triton){otherwise}"
@@ -135,14 +143,21 @@ def refusal(
         if layout.block < 16 or layout.block & (layout.block - 1):
             return f"its blocks are powers of two from 16 on, not {layout.block}{otherwise}"
         return f"its heads have at most 128 numbers, not {size}{otherwise}" if size > 128 else None
+    if on_cpu and needs_grad:
+        return f"on a CPU it has no gradients{otherwise}"
+    if backend == "native":
+        from secateur.kernels.block_attention.native import cannot_compile
+
+        if not on_cpu:
+            return f"it runs on CPUs, not on {query.device.type}{otherwise}"
+        reason = cannot_compile()
+        return reason and f"{reason}{otherwise}"
     from secateur.kernels.block_attention.flex import cannot_compile, odd_tail
 
     if query.device.type not in ("cpu", "cuda"):
         return f"it runs on CPU and CUDA devices, not on {query.device.type}{otherwise}"
     if key_keep is not None:
         return f"it does not take padding (key_keep){otherwise}"
-    if on_cpu and needs_grad:
-        return f"on a CPU it has no gradients{otherwise}"
     if odd_tail(layout):
         return f"the queries go past a ragged end of the keys{otherwise}"
     if layout.queries == 1:

@@ -6,8 +6,6 @@ graph serves all layers of a model, because the function that masks inside a blo
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 import warnings
 import weakref
@@ -19,24 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from secateur.errors import UsageError
+from secateur.kernels.block_attention.compiler import CannotCompile, no_compiler
 from secateur.kernels.block_attention.layout import BlockLayout
 
 SHAPES = 256  # for which the one function may be compiled
-
-
-class CannotCompile(UsageError):
-    """FlexAttention could not be compiled on this machine."""
 
 
 def cannot_compile() -> str | None:
     """Why FlexAttention cannot be compiled for this machine's CPU, or None."""
     if sys.platform == "darwin" or not torch.cpu._is_avx2_supported():
         return "FlexAttention is compiled for x86 processors with AVX2 on Linux and Windows only"
-    compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
-    if shutil.which(compiler) is None:
-        return f"FlexAttention on a CPU needs a C++ compiler, and there is no {compiler}: install one, or set CXX"
-    return None
+    return no_compiler("FlexAttention on a CPU")
 
 
 def odd_tail(layout: BlockLayout) -> bool:

@@ -21,8 +21,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
+from secateur.cache import scratch_beside, sync
 from secateur.errors import LoadFailure, OutputExists, SaveFailure, UsageError
-from secateur.models.cache import scratch_beside, sync
 from secateur.safety.judges import Item, Judge
 from secateur.safety.records import Kind, Verdict
 
