@@ -10,7 +10,28 @@ are walked in segments, whose sums are added afterwards.
 import triton
 import triton.language as tl
 
-from secateur.kernels.block_attention.triton_forward import allowed_keys, product
+from secateur.kernels.block_attention.triton_tile import allowed_keys, keys_of_step, product, queries_of_program
+
+
+@triton.jit
+def query_gradient_steps(
+    q_tile, o_tile, log, shift, at, k, v, keep_row, blocks, begin, end, keys, stride_kn, stride_vn, acc, scale,
+    D: tl.constexpr, DPAD: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, KEEP: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """What the listed blocks from `begin` to `end` give to a tile of queries."""
+    TIMES: tl.constexpr = BLOCK // BN
+    for step in range(begin * TIMES, end * TIMES):
+        k_tile, v_tile, at_key = keys_of_step(
+            k, v, blocks, step, keys, stride_kn, stride_vn, D, DPAD, BLOCK, BN, MASKED
+        )
+        p = tl.exp2(product(q_tile, tl.trans(k_tile), INTERPRETED) * scale - log[:, None])
+        if MASKED or KEEP:
+            allowed = allowed_keys(at_key[None, :], at[:, None], keys, keep_row, CAUSAL, MASKED, KEEP)
+            p = tl.where(allowed, p, 0.0)
+        ds = p * (product(o_tile, tl.trans(v_tile), INTERPRETED) - shift[:, None])
+        acc += product(ds.to(k_tile.dtype), k_tile, INTERPRETED)
+    return acc
 
 
 @triton.jit
@@ -64,17 +85,8 @@ def query_gradient_kernel(
     """Grid (rows * BLOCK / BM, heads / PACK, B). Writes grad_q."""
     head = tl.program_id(1) * PACK
     batch = tl.program_id(2).to(tl.int64)
-    head_list = (head * list_stride).to(tl.int64)
-    row = tl.load(order + head_list + tl.program_id(0) // (BLOCK // BM))
-    line = head_list + row
-
-    m = tl.arange(0, PACK * BM)
+    line, of_head, at, local, there = queries_of_program(order, list_stride, offset, queries, PACK, BLOCK, BM)
     d = tl.arange(0, DPAD)
-    n = tl.arange(0, BN)
-    at = (offset // BLOCK + row) * BLOCK + (tl.program_id(0) % (BLOCK // BM)) * BM + m % BM
-    local = (at - offset).to(tl.int64)
-    of_head = (head + m // BM).to(tl.int64)
-    there = (local >= 0) & (local < queries)
     inside_q = there[:, None] & (d[None, :] < D)
     q_tile = tl.load(
         q + batch * stride_qb + (of_head * stride_qh + local * stride_qn)[:, None] + d[None, :],
@@ -98,29 +110,14 @@ def query_gradient_kernel(
     begin = tl.load(starts + line)
     middle = begin + tl.load(full + line)
     end = tl.load(starts + line + 1)
-    TIMES: tl.constexpr = BLOCK // BN
-    for step in range(begin * TIMES, middle * TIMES):
-        first = (tl.load(blocks + step // TIMES) * BLOCK + (step % TIMES) * BN).to(tl.int64)
-        inside = d[None, :] < D
-        k_tile = tl.load(k + (first + n)[:, None] * stride_kn + d[None, :], mask=inside, other=0.0)
-        v_tile = tl.load(v + (first + n)[:, None] * stride_vn + d[None, :], mask=inside, other=0.0)
-        p = tl.exp2(product(q_tile, tl.trans(k_tile), INTERPRETED) * scale - log[:, None])
-        if KEEP:
-            allowed = allowed_keys((first + n)[None, :], at[:, None], keys, keep_row, CAUSAL, False, KEEP)
-            p = tl.where(allowed, p, 0.0)
-        ds = p * (product(o_tile, tl.trans(v_tile), INTERPRETED) - shift[:, None])
-        acc += product(ds.to(k_tile.dtype), k_tile, INTERPRETED)
-    for step in range(middle * TIMES, end * TIMES):
-        first = (tl.load(blocks + step // TIMES) * BLOCK + (step % TIMES) * BN).to(tl.int64)
-        inside = ((first + n) < keys)[:, None] & (d[None, :] < D)
-        k_tile = tl.load(k + (first + n)[:, None] * stride_kn + d[None, :], mask=inside, other=0.0)
-        v_tile = tl.load(v + (first + n)[:, None] * stride_vn + d[None, :], mask=inside, other=0.0)
-        p = tl.exp2(product(q_tile, tl.trans(k_tile), INTERPRETED) * scale - log[:, None])
-        allowed = allowed_keys((first + n)[None, :], at[:, None], keys, keep_row, CAUSAL, True, KEEP)
-        p = tl.where(allowed, p, 0.0)
-        ds = p * (product(o_tile, tl.trans(v_tile), INTERPRETED) - shift[:, None])
-        acc += product(ds.to(k_tile.dtype), k_tile, INTERPRETED)
-
+    acc = query_gradient_steps(
+        q_tile, o_tile, log, shift, at, k, v, keep_row, blocks, begin, middle, keys, stride_kn, stride_vn, acc, scale,
+        D, DPAD, BLOCK, BN, False, CAUSAL, KEEP, INTERPRETED,
+    )  # fmt: skip
+    acc = query_gradient_steps(
+        q_tile, o_tile, log, shift, at, k, v, keep_row, blocks, middle, end, keys, stride_kn, stride_vn, acc, scale,
+        D, DPAD, BLOCK, BN, True, CAUSAL, KEEP, INTERPRETED,
+    )  # fmt: skip
     tl.store(
         grad_q + batch * stride_gb + (of_head * stride_gh + local * stride_gn)[:, None] + d[None, :],
         (acc * natural_scale).to(grad_q.dtype.element_ty),

@@ -1,45 +1,39 @@
 """The forward kernels: online softmax over the listed blocks (FlashAttention, arXiv 2205.14135), and split decoding.
 
-A tile holds `BM` query positions of `PACK` neighbouring heads that share their lists and their keys. Scores are in base
-2: s = (q . k) * scale * log2 e. `lse` is log2 of the sum of exp2(s) in every row, -inf where a row sees nothing.
+Scores are in base 2: s = (q . k) * scale * log2 e. `lse` is log2 of the sum of exp2(s) in every row, -inf where a row
+sees nothing.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def product(a, b, INTERPRETED: tl.constexpr):
-    """a @ b in fp32. The interpreter multiplies the bit patterns of bf16, so there they are widened first."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32))
-    return tl.dot(a, b, input_precision="ieee")
+from secateur.kernels.block_attention.triton_tile import allowed_keys, keys_of_step, product, queries_of_program
 
 
 @triton.jit
-def allowed_keys(at_key, at_query, keys, keep_row, CAUSAL: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr):
-    """Which (query, key) of a tile count: `at_query` and `at_key` broadcast to the tile."""
-    allowed = (at_key < keys) & (at_query == at_query)
-    if MASKED and CAUSAL:
-        allowed = allowed & (at_key <= at_query)
-    if KEEP:
-        allowed = allowed & (tl.load(keep_row + at_key, mask=at_key < keys, other=0) != 0)
-    return allowed
-
-
-@triton.jit
-def attend(q, k_tile, v_tile, allowed, highest, total, acc, scale, CHECK: tl.constexpr, INTERPRETED: tl.constexpr):
-    """One step of the online softmax."""
-    s = product(q, tl.trans(k_tile), INTERPRETED) * scale
-    if CHECK:
-        s = tl.where(allowed, s, float("-inf"))
-    new = tl.maximum(highest, tl.max(s, 1))
-    safe = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(s - safe[:, None])
-    shrink = tl.exp2(highest - safe)
-    total = total * shrink + tl.sum(p, 1)
-    acc = acc * shrink[:, None] + product(p.to(v_tile.dtype), v_tile, INTERPRETED)
-    return new, total, acc
+def attend(
+    q_tile, at, k, v, keep_row, blocks, begin, end, keys, stride_kn, stride_vn, highest, total, acc, scale,
+    D: tl.constexpr, DPAD: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, KEEP: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over the listed blocks from `begin` to `end`."""
+    TIMES: tl.constexpr = BLOCK // BN
+    for step in range(begin * TIMES, end * TIMES):
+        k_tile, v_tile, at_key = keys_of_step(
+            k, v, blocks, step, keys, stride_kn, stride_vn, D, DPAD, BLOCK, BN, MASKED
+        )
+        s = product(q_tile, tl.trans(k_tile), INTERPRETED) * scale
+        if MASKED or KEEP:
+            allowed = allowed_keys(at_key[None, :], at[:, None], keys, keep_row, CAUSAL, MASKED, KEEP)
+            s = tl.where(allowed, s, float("-inf"))
+        new = tl.maximum(highest, tl.max(s, 1))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp2(s - safe[:, None])
+        shrink = tl.exp2(highest - safe)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None] + product(p.to(v_tile.dtype), v_tile, INTERPRETED)
+        highest = new
+    return highest, total, acc
 
 
 @triton.jit
@@ -87,17 +81,8 @@ def forward_kernel(
     """Grid (rows * BLOCK / BM, heads / PACK, B). Writes out and lse."""
     head = tl.program_id(1) * PACK
     batch = tl.program_id(2).to(tl.int64)
-    head_list = (head * list_stride).to(tl.int64)
-    row = tl.load(order + head_list + tl.program_id(0) // (BLOCK // BM))
-    line = head_list + row
-
-    m = tl.arange(0, PACK * BM)
+    line, of_head, at, local, there = queries_of_program(order, list_stride, offset, queries, PACK, BLOCK, BM)
     d = tl.arange(0, DPAD)
-    n = tl.arange(0, BN)
-    at = (offset // BLOCK + row) * BLOCK + (tl.program_id(0) % (BLOCK // BM)) * BM + m % BM
-    local = (at - offset).to(tl.int64)
-    of_head = (head + m // BM).to(tl.int64)
-    there = (local >= 0) & (local < queries)
     q_tile = tl.load(
         q + batch * stride_qb + (of_head * stride_qh + local * stride_qn)[:, None] + d[None, :],
         mask=there[:, None] & (d[None, :] < D),
@@ -113,21 +98,14 @@ def forward_kernel(
     begin = tl.load(starts + line)
     middle = begin + tl.load(full + line)
     end = tl.load(starts + line + 1)
-    TIMES: tl.constexpr = BLOCK // BN
-    for step in range(begin * TIMES, middle * TIMES):
-        first = (tl.load(blocks + step // TIMES) * BLOCK + (step % TIMES) * BN).to(tl.int64)
-        inside = d[None, :] < D
-        k_tile = tl.load(k + (first + n)[:, None] * stride_kn + d[None, :], mask=inside, other=0.0)
-        v_tile = tl.load(v + (first + n)[:, None] * stride_vn + d[None, :], mask=inside, other=0.0)
-        allowed = allowed_keys((first + n)[None, :], at[:, None], keys, keep_row, CAUSAL, False, KEEP)
-        highest, total, acc = attend(q_tile, k_tile, v_tile, allowed, highest, total, acc, scale, KEEP, INTERPRETED)
-    for step in range(middle * TIMES, end * TIMES):
-        first = (tl.load(blocks + step // TIMES) * BLOCK + (step % TIMES) * BN).to(tl.int64)
-        inside = ((first + n) < keys)[:, None] & (d[None, :] < D)
-        k_tile = tl.load(k + (first + n)[:, None] * stride_kn + d[None, :], mask=inside, other=0.0)
-        v_tile = tl.load(v + (first + n)[:, None] * stride_vn + d[None, :], mask=inside, other=0.0)
-        allowed = allowed_keys((first + n)[None, :], at[:, None], keys, keep_row, CAUSAL, True, KEEP)
-        highest, total, acc = attend(q_tile, k_tile, v_tile, allowed, highest, total, acc, scale, True, INTERPRETED)
+    highest, total, acc = attend(
+        q_tile, at, k, v, keep_row, blocks, begin, middle, keys, stride_kn, stride_vn, highest, total, acc, scale,
+        D, DPAD, BLOCK, BN, False, CAUSAL, KEEP, INTERPRETED,
+    )  # fmt: skip
+    highest, total, acc = attend(
+        q_tile, at, k, v, keep_row, blocks, middle, end, keys, stride_kn, stride_vn, highest, total, acc, scale,
+        D, DPAD, BLOCK, BN, True, CAUSAL, KEEP, INTERPRETED,
+    )  # fmt: skip
 
     dead = total == 0.0
     acc = acc / tl.where(dead, 1.0, total)[:, None]
@@ -185,7 +163,6 @@ def decode_kernel(
     line = head * list_stride
     m = tl.arange(0, BM)
     d = tl.arange(0, DPAD)
-    n = tl.arange(0, BN)
     of_head = (head + m).to(tl.int64)
     there = m < PACK
     q_tile = tl.load(
@@ -203,14 +180,10 @@ def decode_kernel(
     acc = tl.zeros([BM, DPAD], tl.float32)
     begin = tl.load(starts + line) + tl.program_id(0) * chunk
     end = tl.minimum(begin + chunk, tl.load(starts + line + 1))
-    TIMES: tl.constexpr = BLOCK // BN
-    for step in range(begin * TIMES, end * TIMES):
-        first = (tl.load(blocks + step // TIMES) * BLOCK + (step % TIMES) * BN).to(tl.int64)
-        inside = ((first + n) < keys)[:, None] & (d[None, :] < D)
-        k_tile = tl.load(k + (first + n)[:, None] * stride_kn + d[None, :], mask=inside, other=0.0)
-        v_tile = tl.load(v + (first + n)[:, None] * stride_vn + d[None, :], mask=inside, other=0.0)
-        allowed = allowed_keys((first + n)[None, :], at[:, None], keys, keep_row, CAUSAL, True, KEEP)
-        highest, total, acc = attend(q_tile, k_tile, v_tile, allowed, highest, total, acc, scale, True, INTERPRETED)
+    highest, total, acc = attend(
+        q_tile, at, k, v, keep_row, blocks, begin, end, keys, stride_kn, stride_vn, highest, total, acc, scale,
+        D, DPAD, BLOCK, BN, True, CAUSAL, KEEP, INTERPRETED,
+    )  # fmt: skip
 
     part = (batch * heads + of_head) * tl.num_programs(0) + tl.program_id(0)
     tl.store(acc_parts + part[:, None] * D + d[None, :], acc, mask=there[:, None] & (d[None, :] < D))
