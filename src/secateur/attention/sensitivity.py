@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.attention.tiles import CACHED, LOW, ON_DEVICE, blocks
+from secateur.attention.tiles import LOW, blocks, chunks, scores_of, sum_columns, sum_rows
 from secateur.errors import NumericalFailure, UsageError
 from secateur.gradients import language_loss
 
@@ -51,43 +51,17 @@ def sensitivity_tiles(
     tensor([[[0.0000, 0.0000],
              [0.2500, 0.2500]]])
     """
-    heads, queries, _ = query.shape
-    keys, group = key.shape[1], heads // key.shape[0]
-    found = torch.zeros(heads, blocks(queries, block), blocks(keys, block), device=query.device)
-    budget = CACHED if query.device.type == "cpu" else ON_DEVICE
-    step = max(1, budget // (4 * keys * group) // block) * block
-    for first in range(0, queries, step):
-        part = slice(first, min(first + step, queries))
-        mask = allowed(part)
-        seen = mask.any(0).nonzero()
-        if not len(seen):
-            continue
-        end = min(blocks(int(seen[-1]) + 1, block) * block, keys)
-        mask = mask[:, :end]
-        at = slice(first // block, first // block + blocks(part.stop - first, block))
-        for own in range(key.shape[0]):
-            chosen = slice(own * group, (own + 1) * group)
-            scores = (query[chosen, part].float() @ key[own, :end].float().mT).mul_(scaling)
-            if bias is not None:
-                scores += bias[chosen if bias.shape[0] > 1 else slice(None), part, :end].float()
+    found = query.new_zeros(
+        query.shape[0], blocks(query.shape[1], block), blocks(key.shape[1], block), dtype=torch.float32
+    )
+    for part, at, mask in chunks(query, key, block, allowed):
+        end = mask.shape[1]
+        for heads, own, scores in scores_of(query, key, scaling, bias, part, end):
             weights = scores.masked_fill_(~mask, LOW).softmax(-1).mul_(mask)  # a query without a key has no weights
-            along = gradient[chosen, part].float() @ value[own, :end].float().mT
+            along = gradient[heads, part].float() @ value[own, :end].float().mT
             change = weights * (along - (weights * along).sum(-1, keepdim=True))
-            by_column = _columns(change, block)
-            found[chosen, at, : by_column.shape[-1]] = _row_sums(by_column.square(), block)
+            found[heads, at, : blocks(end, block)] = sum_rows(sum_columns(change, block).square(), block)
     return found
-
-
-def _columns(matrix: Tensor, block: int) -> Tensor:
-    """(..., queries, keys) -> (..., queries, columns): sums over blocks of keys."""
-    keys = matrix.shape[-1]
-    matrix = nn.functional.pad(matrix, (0, blocks(keys, block) * block - keys))
-    return matrix.view(*matrix.shape[:-1], -1, block).sum(-1)
-
-
-def _row_sums(matrix: Tensor, block: int) -> Tensor:
-    """(..., queries, columns) -> (..., rows, columns): sums over blocks of queries."""
-    return _columns(matrix.mT, block).mT
 
 
 def objective(model: Any, batch: Mapping[str, Tensor], seed: int) -> Tensor:

@@ -9,7 +9,7 @@ Beside T, four facts of every query are summed block row by block row, exactly, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -52,16 +52,29 @@ def sum_tiles(matrix: Tensor, block: int) -> Tensor:
     >>> sum_tiles(torch.ones(3, 2), 2).tolist()
     [[4.0], [2.0]]
     """
+    return sum_rows(sum_columns(matrix, block), block)
+
+
+def sum_columns(matrix: Tensor, block: int) -> Tensor:
+    """(..., queries, keys) -> (..., queries, columns): sums over blocks of keys."""
     if block == 1:
         return matrix
-    *lead, queries, keys = matrix.shape
-    rows, columns = blocks(queries, block), blocks(keys, block)
+    *lead, keys = matrix.shape
+    columns = blocks(keys, block)
     if keys != columns * block:
         matrix = pad(matrix, (0, columns * block - keys))
-    by_column = matrix.view(*lead, queries, columns, block).sum(-1)
+    return matrix.view(*lead, columns, block).sum(-1)
+
+
+def sum_rows(matrix: Tensor, block: int) -> Tensor:
+    """(..., queries, columns) -> (..., rows, columns): sums over blocks of queries."""
+    if block == 1:
+        return matrix
+    *lead, queries, columns = matrix.shape
+    rows = blocks(queries, block)
     if queries != rows * block:
-        by_column = pad(by_column, (0, 0, 0, rows * block - queries))
-    return by_column.view(*lead, rows, block, columns).sum(-2)
+        matrix = pad(matrix, (0, 0, 0, rows * block - queries))
+    return matrix.view(*lead, rows, block, columns).sum(-2)
 
 
 def causal_pairs(queries: int, keys: int, device: torch.device | None = None) -> Tensor:
@@ -104,36 +117,56 @@ def attention_tiles(
              [1.1667, 0.8333]]])
     """
     heads, queries, _ = query.shape
-    keys, group = key.shape[1], heads // key.shape[0]
+    keys = key.shape[1]
     rows, columns = blocks(queries, block), blocks(keys, block)
-    budget = budget or (CACHED if query.device.type == "cpu" else ON_DEVICE)
-    step = max(1, budget // (4 * keys * group) // block) * block
     mass = torch.zeros(heads, rows, columns, device=query.device)
     facts = torch.zeros(heads, rows, len(FACTS), device=query.device)
     count = torch.zeros(rows, columns, dtype=torch.long, device=query.device)
     active = torch.zeros(queries, dtype=torch.bool, device=query.device)
+    for part, at, mask in chunks(query, key, block, allowed, budget):
+        across = slice(0, blocks(mask.shape[1], block))
+        count[at, across] = sum_tiles(mask.float(), block).long()
+        active[part] = mask.any(1)
+        for heads_of_key, _, scores in scores_of(query, key, scaling, bias, part, mask.shape[1]):
+            weights, entropy = _softmax(scores, mask)
+            mass[heads_of_key, at, across] = sum_tiles(weights, block)
+            facts[heads_of_key, at] = _facts(weights, entropy, part.start, block)
+    tokens_of = [lengths(tokens, block, query.device) for tokens in (queries, keys)]
+    there = pad(active.long(), (0, rows * block - queries)).view(rows, block).sum(1)
+    return Tiles(mass, count, tokens_of[0][:, None] * tokens_of[1], facts, there)
+
+
+def chunks(
+    query: Tensor, key: Tensor, block: int, allowed: Callable[[slice], Tensor], budget: int | None = None
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Queries in chunks of whole block rows: which they are, which rows, and whom they may see.
+
+    The mask is bool (queries, keys) and ends with the last block of keys that any of them sees; chunks that see nothing
+    are left out. Their scores, of all the heads that share a key, fill the budget of bytes.
+    """
+    queries, keys, group = query.shape[1], key.shape[1], query.shape[0] // key.shape[0]
+    budget = budget or (CACHED if query.device.type == "cpu" else ON_DEVICE)
+    step = max(1, budget // (4 * keys * group) // block) * block
     for first in range(0, queries, step):
         part = slice(first, min(first + step, queries))
         mask = allowed(part)
         seen = mask.any(0).nonzero()
-        if not len(seen):
-            continue
-        end = min(blocks(int(seen[-1]) + 1, block) * block, keys)
-        mask = mask[:, :end]
-        at = slice(first // block, first // block + blocks(part.stop - first, block))
-        count[at, : blocks(end, block)] = sum_tiles(mask.float(), block).long()
-        active[part] = mask.any(1)
-        for own in range(key.shape[0]):
-            chosen = slice(own * group, (own + 1) * group)
-            scores = (query[chosen, part].float() @ key[own, :end].float().mT).mul_(scaling)
-            if bias is not None:
-                scores += bias[chosen if bias.shape[0] > 1 else slice(None), part, :end].float()
-            weights, entropy = _softmax(scores, mask)
-            mass[chosen, at, : blocks(end, block)] = sum_tiles(weights, block)
-            facts[chosen, at] = _facts(weights, entropy, first, block)
-    across = [lengths(tokens, block, query.device) for tokens in (queries, keys)]
-    there = pad(active.long(), (0, rows * block - queries)).view(rows, block).sum(1)
-    return Tiles(mass, count, across[0][:, None] * across[1], facts, there)
+        if len(seen):
+            end = min(blocks(int(seen[-1]) + 1, block) * block, keys)
+            yield part, slice(first // block, first // block + blocks(part.stop - first, block)), mask[:, :end]
+
+
+def scores_of(
+    query: Tensor, key: Tensor, scaling: float, bias: Tensor | None, part: slice, end: int
+) -> Iterator[tuple[slice, int, Tensor]]:
+    """Of every key head: the heads that read it, its number, and their scores (heads, queries, end) in fp32."""
+    group = query.shape[0] // key.shape[0]
+    for own in range(key.shape[0]):
+        chosen = slice(own * group, (own + 1) * group)
+        scores = (query[chosen, part].float() @ key[own, :end].float().mT).mul_(scaling)
+        if bias is not None:
+            scores += bias[chosen if bias.shape[0] > 1 else slice(None), part, :end].float()
+        yield chosen, own, scores
 
 
 def lengths(tokens: int, block: int, device: torch.device | None = None) -> Tensor:
