@@ -13,8 +13,8 @@ from html import escape
 from typing import Any
 
 from secateur.report import charts
+from secateur.report.frame import html_page, section
 from secateur.report.heat import heat_map
-from secateur.report.style import STYLE
 from secateur.report.values import DASH, cell, dig, number, percent, said, with_error
 
 
@@ -103,19 +103,7 @@ def attention_page(report: AttentionReport, *, title: str) -> str:
         _matrix("Blocks that two plans share", report.overlap, "Of the blocks that either has and not every mask."),
         _provenance(report),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<header><h1>{escape(title)}</h1><p>{escape(_lead(report))}</p></header>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main>\n</body>\n</html>\n"
-    )
-
-
-def _section(heading: str, *content: str) -> str:
-    return f"<section><h2>{escape(heading)}</h2>{''.join(content)}</section>"
+    return html_page(title, _lead(report), sections)
 
 
 def _table(heads: Iterable[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
@@ -165,7 +153,7 @@ def _observed(name: str, found: Mapping[str, Any]) -> str:
             heading = f"<h3>{escape(FAMILIES.get(family, family))}</h3>"
             content.append(f'{heading}<div class="panels">{"".join(maps)}</div>')
     where = f"{found.get('length')} tokens in blocks of {found.get('block')}"
-    return _section(f"Observed: {name}", f'<p class="note">{escape(where)}.</p>', *content) if content else ""
+    return section(f"Observed: {name}", f'<p class="note">{escape(where)}.</p>', *content) if content else ""
 
 
 def _mean(key: str, means: Mapping[str, Any]) -> str:
@@ -193,7 +181,7 @@ def _plans(plans: Mapping[str, Mapping[str, Any]]) -> str:
             maps.append(heat_map(what, values, _share, names=members, high=1.0, style=style))
     heads_ = ("Plan", "Effective sparsity", "Paper’s sparsity", "Blocks computed", "Blocks of 128 computed")
     pictures = f'<div class="panels">{"".join(maps)}</div>' if maps else ""
-    return _section("Plans", _table(heads_, rows), f'<p class="note">{escape(HOW)}</p>', pictures)
+    return section("Plans", _table(heads_, rows), f'<p class="note">{escape(HOW)}</p>', pictures)
 
 
 Point = tuple[str, int, float, float]
@@ -266,7 +254,7 @@ def _quality(evaluations: Sequence[Mapping[str, Any]]) -> str:
     heads = ("Attention", "Effective sparsity", "Paper’s sparsity", *titles, "Mass kept", "Computed by")
     charts_ = "".join(_charts(title, points) for title, points in curves(evaluations).items())
     note = f'<p class="note">{escape(HOW)} ± is one standard error.</p>'
-    return _section("What it costs", charts_, _table(heads, rows), note)
+    return section("What it costs", charts_, _table(heads, rows), note)
 
 
 def _charts(title: str, points: Sequence[Point]) -> str:
@@ -345,7 +333,7 @@ def _matrix(heading: str, shares: Mapping[str, Mapping[str, float]], note: str) 
     if len(columns) < 2 and len(shares) < 2:
         return ""
     rows = [(name, [percent(row.get(column)) for column in columns]) for name, row in shares.items()]
-    return _section(heading, _table(("", *columns), rows), f'<p class="note">{escape(note)}</p>')
+    return section(heading, _table(("", *columns), rows), f'<p class="note">{escape(note)}</p>')
 
 
 def _provenance(report: AttentionReport) -> str:
@@ -353,4 +341,4 @@ def _provenance(report: AttentionReport) -> str:
     for number_, record in enumerate(report.evaluations, 1):
         facts[f"Evaluation {number_}"] = said({key: record.get(key) for key in ("model", "versions")})
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items() if text)
-    return _section("Provenance", f"<dl>{listed}</dl>") if listed else ""
+    return section("Provenance", f"<dl>{listed}</dl>") if listed else ""

@@ -14,8 +14,8 @@ from typing import Any
 
 from secateur.report import charts
 from secateur.report.depth import layer_charts, layer_table
+from secateur.report.frame import html_page, section
 from secateur.report.probes import probe_section
-from secateur.report.style import STYLE
 from secateur.report.values import (
     Run,
     cell,
@@ -100,19 +100,7 @@ def page(runs: Sequence[Run], *, title: str) -> str:
         _provenance(runs, labels),
         layer_table(runs, labels),
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<header><h1>{escape(title)}</h1><p>{escape(_lead(runs, labels))}</p></header>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main>\n</body>\n</html>\n"
-    )
-
-
-def _section(heading: str, *content: str) -> str:
-    return f"<section><h2>{heading}</h2>{''.join(content)}</section>"
+    return html_page(title, _lead(runs, labels), sections)
 
 
 def _bullets(items: Sequence[tuple[str, str]]) -> str:
@@ -166,7 +154,7 @@ def _results(runs: Sequence[Run], labels: Sequence[str]) -> str:
     if len(marks) > 1:
         ends = [v + k * (e or 0) for _, v, e, _, _ in marks for k in (-2, 2)]
         chart = "<h3>Perplexity</h3>" + charts.dots(marks, charts.log_axis(ends, lambda v: f"{v:,.10g}"))
-    return _section(
+    return section(
         "Results",
         f'<div class="wide"><table class="results">{table}</table></div>',
         _how_measured(runs),
@@ -215,7 +203,7 @@ def _left_dense(runs: Sequence[Run], labels: Sequence[str]) -> str:
     if not found:
         return ""
     intro = "Embeddings, the output head, norms and biases stay dense, and so does every layer that was excluded."
-    return _section("What was not pruned", f"<p>{intro}</p>", _bullets([(", ".join(k), v) for v, k in found.items()]))
+    return section("What was not pruned", f"<p>{intro}</p>", _bullets([(", ".join(k), v) for v, k in found.items()]))
 
 
 def _dense_facts(run: Run) -> list[str]:
@@ -243,12 +231,12 @@ def _size_and_speed(runs: Sequence[Run]) -> str:
         TWO_OF_FOUR if "2:4" in grouped else "",
         OTHER_NM if grouped - {"2:4"} else "",
     )
-    return _section("Size and speed", *(f"<p>{text}</p>" for text in texts if text)) if patterns else ""
+    return section("Size and speed", *(f"<p>{text}</p>" for text in texts if text)) if patterns else ""
 
 
 def _warnings(runs: Sequence[Run], labels: Sequence[str]) -> str:
     every = [(k, str(w)) for r, k in zip(runs, labels, strict=True) for w in dig(r, "prune", "warnings") or ()]
-    return _section("Warnings", _bullets(every) if every else "<p>None.</p>")
+    return section("Warnings", _bullets(every) if every else "<p>None.</p>")
 
 
 def _provenance(runs: Sequence[Run], labels: Sequence[str]) -> str:
@@ -272,7 +260,7 @@ def _provenance(runs: Sequence[Run], labels: Sequence[str]) -> str:
             same = escape(next(iter(groups)))
             each = _bullets([(", ".join(owners), value) for value, owners in groups.items()])
             listed.append(f"<dt>{name}</dt><dd>{same if len(groups) == 1 else each}</dd>")
-    return _section("Provenance", f"<dl>{''.join(listed)}</dl>") if listed else ""
+    return section("Provenance", f"<dl>{''.join(listed)}</dl>") if listed else ""
 
 
 def _output_error(run: Run) -> str | None:

@@ -7,7 +7,8 @@ from html import escape
 from typing import Any
 
 from secateur.report import charts
-from secateur.report.safety_tables import Table, between, of_arms, p_value, plain, section
+from secateur.report.frame import section
+from secateur.report.safety_tables import Table, between, of_arms, p_value, plain
 from secateur.report.values import dig, number
 
 MARGIN = """How much likelier a model finds it to begin its answer with a refusal than with a yes, in nats. It needs

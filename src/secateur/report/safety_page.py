@@ -11,6 +11,7 @@ from html import escape
 from typing import Any
 
 from secateur.report import charts
+from secateur.report.frame import html_page, section
 from secateur.report.safety_causes import attack_section, focus_section, margin_section, shift_section
 from secateur.report.safety_tables import (
     SafetyTexts,
@@ -22,9 +23,7 @@ from secateur.report.safety_tables import (
     points,
     rate,
     rows_of,
-    section,
 )
-from secateur.report.style import STYLE
 from secateur.report.values import dig, number, percent, said, with_error
 
 SAFETY_STYLE = """
@@ -95,15 +94,7 @@ def safety_page(summary: Mapping[str, Any], *, title: str, texts: SafetyTexts | 
         _warnings(summary),
         _provenance(summary, labels),
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}{SAFETY_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<header><h1>{escape(title)}</h1><p>{escape(_lead(summary))}</p></header>\n"
-        + "\n".join(part for part in sections if part)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return html_page(title, _lead(summary), sections, SAFETY_STYLE)
 
 
 def _lead(summary: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+from secateur.report.frame import section
 from secateur.report.values import DASH, cell, dig, number
 
 MOST = 200  # prompts that are listed
@@ -51,10 +52,6 @@ class Table:
             f'<div class="wide"><table class="safety{tight}"><thead><tr>{head}</tr></thead>'
             f"<tbody>{body}</tbody></table></div>"
         )
-
-
-def section(heading: str, *content: str) -> str:
-    return f"<section><h2>{escape(heading)}</h2>{''.join(content)}</section>"
 
 
 def rows_of(items: str) -> str:
