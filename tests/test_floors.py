@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "secateur"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = (  # from the ground up; a room is a folder, or the files that make one thing together
-    ("errors", "progress", "cache"),
+    ("errors", "progress"),
+    ("cache",),
     (
         "masks soft_masks",
         "registry",

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from secateur.errors import SaveFailure
+
 
 def cache_folder() -> Path:
     """The folder for everything fetched or converted; it may not exist yet.
@@ -55,3 +57,37 @@ def sync(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def write_whole(path: Path, text: str, what: str) -> None:
+    """The file appears with all of the text, or stays as it was. `what` names it in the error.
+
+    Raises:
+        SaveFailure: the disk is full or the folder cannot be written.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a device cannot be renamed over
+            path.write_text(text, encoding="utf-8")
+            return
+        with scratch_beside(path) as scratch:
+            (scratch / "whole").write_text(text, encoding="utf-8")
+            (scratch / "whole").replace(path)
+    except OSError as error:
+        raise SaveFailure(f"{what} could not be written to {path}: {error.strerror or error}.") from error
+
+
+def put_in_place(new: Path, target: Path) -> None:
+    """Rename a folder to `target`; what stood there is kept beside `new`, and comes back if that fails.
+
+    Raises:
+        OSError: it fails.
+    """
+    old = new.with_name("old")
+    try:
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise

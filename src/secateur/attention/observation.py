@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.attention.tiles import FACTS
-from secateur.cache import scratch_beside, sync
+from secateur.cache import put_in_place, scratch_beside, sync
 from secateur.errors import InvalidParameter, LoadFailure, OutputExists, SaveFailure, UsageError
 
 FORMAT = "secateur attention observation 1"
@@ -155,20 +155,13 @@ def save_observation(observation: Observation, folder: str | Path, *, overwrite:
     }  # fmt: skip
     try:
         with scratch_beside(target) as scratch:
-            new, old = scratch / "new", scratch / "old"
+            new = scratch / "new"
             new.mkdir()
             save_file(tensors, new / TENSORS)
             (new / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             (new / TENSORS).chmod((new / RECORD).stat().st_mode)  # safetensors keeps its files to the owner
             sync(new)
-            try:
-                if target.exists():
-                    target.rename(old)
-                new.rename(target)
-            except BaseException:
-                if old.exists() and not target.exists():
-                    old.rename(target)
-                raise
+            put_in_place(new, target)
     except (OSError, SafetensorError) as error:
         raise SaveFailure(f"The observation could not be saved as {target}: {error}.") from error
     return target

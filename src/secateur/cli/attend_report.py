@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from secateur.cache import write_whole
 from secateur.cli.options import parse
-from secateur.errors import LoadFailure, OutputExists, SaveFailure, UsageError
+from secateur.errors import LoadFailure, OutputExists, UsageError
 
 _UNSET = ""
 
@@ -50,7 +50,7 @@ def run(words: list[str]) -> int:
         from secateur.report.attention_pictures import write_pictures
 
         pictures = write_pictures(report, options.png)
-    _write(out, text)
+    write_whole(out, text, "The page")
     print(f"page      {out}")
     for picture in pictures:
         print(f"picture   {picture}")
@@ -153,15 +153,3 @@ def _overlap(plans: dict[str, Any]) -> dict[str, dict[str, float]]:
             except UsageError:  # of two models, or of other blocks
                 continue
     return found
-
-
-def _write(out: Path, text: str) -> None:
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        try:
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(out)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise SaveFailure(f"The page could not be written to {out}: {error.strerror or error}.") from error

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from secateur.errors import SaveFailure, UsageError
+from secateur.cache import write_whole
+from secateur.errors import UsageError
 from secateur.result import versions
 
 STDOUT = "-"
@@ -45,19 +46,7 @@ def write_json(file: str, record: Mapping[str, object]) -> None:
     if file == STDOUT:
         sys.stdout.write(text)
         return
-    path = Path(file).expanduser().resolve()
-    try:
-        if path.exists() and not path.is_file():  # a pipe or a device cannot be renamed over
-            path.write_text(text, encoding="utf-8")
-            return
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise SaveFailure(f"The record could not be written to {file}: {error.strerror or error}.") from error
+    write_whole(Path(file).expanduser().resolve(), text, "The record")
 
 
 def plain(value: object) -> object:

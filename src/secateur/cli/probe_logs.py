@@ -288,12 +288,12 @@ def _beside(log: Path) -> Path:
 
 
 def _write_beside(log: Path, options: AnswerOptions, asked: Asked) -> None:
+    from secateur.cache import write_whole
     from secateur.probing.asked import ASKED
-    from secateur.probing.folder import write_whole
 
     specs = [str(Path(spec).resolve()) if Path(spec).is_file() else spec for spec in options.prompts]
     facts = {key: getattr(options, key) for key in ASKED} | {"prompts": specs, "sha256": asked.prompts.sha256}
-    write_whole(_beside(log), json.dumps(facts, indent=1) + "\n")
+    write_whole(_beside(log), json.dumps(facts, indent=1) + "\n", "The record")
 
 
 def _read(path: str, options: Sets, asked: Asked | None = None) -> tuple[Log, Asked]:

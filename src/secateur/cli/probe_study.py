@@ -151,12 +151,12 @@ def report(words: list[str]) -> int:
 
 def write_page(summary: Mapping[str, Any], path: Path, texts: Any = None) -> None:
     """The page, whole or not at all."""
-    from secateur.probing.folder import write_whole
+    from secateur.cache import write_whole
     from secateur.report.safety_page import safety_page
     from secateur.report.safety_tables import SafetyTexts
 
     shown = None if texts is None else SafetyTexts(*texts)
-    write_whole(path, safety_page(summary, title=title_of(summary), texts=shown))
+    write_whole(path, safety_page(summary, title=title_of(summary), texts=shown), "The page")
 
 
 def title_of(summary: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from secateur.cache import scratch_beside, sync
+from secateur.cache import put_in_place, scratch_beside, sync
 
 from ..errors import OutputExists, SaveFailure, SecateurError
 from .builtin import BUILT_IN
@@ -59,7 +59,7 @@ def save(
     facts = _plain(record or {})
     try:
         with scratch_beside(target) as scratch:
-            new, old = scratch / "new", scratch / "old"
+            new = scratch / "new"
             new.mkdir()
             with quiet_transformers():
                 _save_model(model, new)
@@ -71,15 +71,8 @@ def save(
             for file in new.iterdir():  # safetensors keeps its files to the owner
                 file.chmod((new / "README.md").stat().st_mode)
             sync(new)
-            try:
-                if target.exists():
-                    check_target(target, overwrite=overwrite)  # it may have come meanwhile
-                    target.rename(old)
-                new.rename(target)
-            except BaseException:
-                if old.exists() and not target.exists():
-                    old.rename(target)
-                raise
+            check_target(target, overwrite=overwrite)  # it may have come meanwhile
+            put_in_place(new, target)
     except SecateurError:
         raise
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:

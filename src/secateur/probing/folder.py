@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import LoadFailure, SaveFailure, UsageError
+from secateur.cache import write_whole
+from secateur.errors import LoadFailure, UsageError
 
 
 @dataclass(frozen=True)
@@ -63,25 +63,7 @@ class StudyFolder:
             SaveFailure: the disk is full or the folder cannot be written.
         """
         record = {"arm": arm, "step": step, "request": request, "request_sha256": hash_of(request), **more}
-        write_whole(self.file(arm, step), json.dumps(record | {"result": result}, ensure_ascii=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file appears with all of the text, or stays as it was.
-
-    Raises:
-        SaveFailure: the disk is full or the folder cannot be written.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise SaveFailure(f"{path} could not be written: {error.strerror or error}.") from error
+        write_whole(self.file(arm, step), json.dumps(record | {"result": result}, ensure_ascii=False) + "\n", "A step")
 
 
 def hash_of(request: Mapping[str, Any]) -> str:
