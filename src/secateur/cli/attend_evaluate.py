@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,7 @@ from secateur.cli.attend_observe import split_pairs
 from secateur.cli.options import choose, given, parse
 from secateur.cli.output import STDOUT, check_json, percent, print_table, provenance, warn, write_json
 from secateur.cli.progress_bar import ProgressBar
-from secateur.cli.request import check_count, check_device, check_dtype, open_model
+from secateur.cli.request import Loading, WithLoading, check_count, open_model
 from secateur.errors import UsageError
 
 if TYPE_CHECKING:
@@ -56,12 +56,7 @@ class EvaluateOptions:
     """Windows in one forward pass."""
     revision: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_UNSET)] = None
     """A branch, tag or commit of the hub."""
-    dtype: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(the model's own)")] = None
-    """To load and compute in: bfloat16, float16 or float32."""
-    device: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(cpu)")] = None
-    """Where to compute, as cpu or cuda:0."""
-    trust_remote_code: bool = False
-    """Run the Python code that comes with the model. Only for sources you trust."""
+    loading: WithLoading = field(default_factory=Loading)
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=_UNSET)] = None
     """Write all results there as JSON, for secateur attend report; - is standard output."""
     debug: bool = False
@@ -81,14 +76,7 @@ def run(words: list[str]) -> int:
     if len(plans) < len(options.plans):
         raise UsageError("Two of the plans' folders have the same name, by which they are told apart: rename one.")
     with ProgressBar() as progress:
-        opened = open_model(
-            options.model,
-            revision=options.revision,
-            dtype=options.dtype,
-            device=options.device,
-            trust_remote_code=options.trust_remote_code,
-            progress=progress,
-        )
+        opened = open_model(options.model, options.loading, progress, options.revision)
         data, lengths = _data(options, progress)
         results: list[PlanQuality] = []
         for length in lengths:
@@ -129,8 +117,7 @@ def _check(options: EvaluateOptions) -> None:
     for name, value in (("windows", options.windows), ("samples", options.samples), ("batch-size", options.batch_size)):
         check_count(name, value, 1, "attend evaluate")
     check_count("seed", options.seed, 0, "attend evaluate")
-    check_dtype(options.dtype)
-    check_device(options.device)
+    options.loading.check()
     if options.pairs:
         split_pairs(options.pairs)
     check_json(options.json)

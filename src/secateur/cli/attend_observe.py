@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +11,7 @@ import tyro
 from secateur.cli.options import given, parse
 from secateur.cli.output import STDOUT, check_json, percent, print_table, provenance, write_json
 from secateur.cli.progress_bar import ProgressBar
-from secateur.cli.request import Opened, check_count, check_device, check_dtype, open_model
+from secateur.cli.request import Loading, Opened, WithLoading, check_count, open_model
 from secateur.errors import OutputExists, UsageError
 
 if TYPE_CHECKING:
@@ -61,12 +61,7 @@ class ObserveOptions:
     """Replace an observation that is there."""
     revision: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_UNSET)] = None
     """A branch, tag or commit of the hub."""
-    dtype: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(the model's own)")] = None
-    """To load and compute in: bfloat16, float16 or float32."""
-    device: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(cpu)")] = None
-    """Where to compute, as cpu or cuda:0."""
-    trust_remote_code: bool = False
-    """Run the Python code that comes with the model. Only for sources you trust."""
+    loading: WithLoading = field(default_factory=Loading)
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=_UNSET)] = None
     """Write the analysis there as JSON; - is standard output."""
     debug: bool = False
@@ -85,14 +80,7 @@ def run(words: list[str]) -> int:
     from secateur.attention.observation import save_observation
 
     with ProgressBar() as progress:
-        opened = open_model(
-            options.model,
-            revision=options.revision,
-            dtype=options.dtype,
-            device=options.device,
-            trust_remote_code=options.trust_remote_code,
-            progress=progress,
-        )
+        opened = open_model(options.model, options.loading, progress, options.revision)
         observation = _observe(opened, options, progress)
     saved = save_observation(observation, out, overwrite=options.overwrite)
     found = analyse(observation)
@@ -136,8 +124,7 @@ def _check(options: ObserveOptions) -> Path:
     for name, value in (("samples", options.samples), ("block", options.block), ("batch-size", options.batch_size)):
         check_count(name, value, 1, "attend observe")
     check_count("seed", options.seed, 0, "attend observe")
-    check_dtype(options.dtype)
-    check_device(options.device)
+    options.loading.check()
     if options.out is None:
         raise UsageError("Nothing would be kept: name a folder with --out DIR.")
     if options.pairs:

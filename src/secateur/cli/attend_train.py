@@ -15,7 +15,7 @@ from secateur.cli.attend_observe import split_pairs
 from secateur.cli.options import given, parse
 from secateur.cli.output import STDOUT, check_json, percent, print_table, provenance, say, size, warn, write_json
 from secateur.cli.progress_bar import ProgressBar, duration
-from secateur.cli.request import Opened, check_count, check_device, check_dtype, open_model
+from secateur.cli.request import Loading, Opened, WithLoading, check_count, open_model
 from secateur.errors import UsageError
 from secateur.recovery.options import Recovery
 
@@ -54,12 +54,7 @@ class TrainOptions(Recovery):
     """Replace the folder if it exists."""
     resume: bool = False
     """Go on with the run that was stopped."""
-    dtype: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(the model's own)")] = None
-    """To load, compute and save in: bfloat16, float16 or float32."""
-    device: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(cpu)")] = None
-    """Where to compute, as cpu or cuda:0."""
-    trust_remote_code: bool = False
-    """Run the Python code that comes with the model. Only for sources you trust."""
+    loading: WithLoading = field(default_factory=Loading)
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=_UNSET)] = None
     """Write the record there as JSON; - is standard output."""
     debug: bool = False
@@ -79,14 +74,7 @@ def run(words: list[str]) -> int:
     plan = load_plan(options.plan)
     asked = Recovery(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Recovery)})
     with ProgressBar() as progress:
-        opened = open_model(
-            options.model,
-            revision=None,
-            dtype=options.dtype,
-            device=options.device,
-            trust_remote_code=options.trust_remote_code,
-            progress=progress,
-        )
+        opened = open_model(options.model, options.loading, progress)
         check_target(out, overwrite=options.overwrite, size=sum(p.nbytes for p in opened.model.parameters()))
         text, held_out = _data(opened, options, plan.record, progress)
         result = train_with_plan(
@@ -133,8 +121,7 @@ def _check(options: TrainOptions) -> tuple[Path, Path]:
     check_count("seqlen", options.seqlen, 2, "attend train")
     check_count("samples", options.samples, 1, "attend train")
     check_count("held-out", options.held_out, 0, "attend train")
-    check_dtype(options.dtype)
-    check_device(options.device)
+    options.loading.check()
     if options.pairs:
         split_pairs(options.pairs)
     if options.adapter == LORA:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ from secateur.cli.options import choose, parse
 from secateur.cli.output import STDOUT, check_json, percent, print_table, provenance, warn, write_json
 from secateur.cli.progress_bar import ProgressBar, duration
 from secateur.cli.prune import amount, check_groups, chosen, form_with
-from secateur.cli.request import check_count, check_device, check_dtype, check_template, open_model
+from secateur.cli.request import Loading, WithLoading, check_count, check_template, open_model
 from secateur.errors import UsageError
 
 _UNSET = ""  # instead of "(default: None)"
@@ -65,14 +65,9 @@ class CompareOptions:
     {pattern over layer names: sparsity}."""
     batch_size: int = 1
     """Windows in one forward call."""
-    dtype: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(the model's own)")] = None
-    """To load and compute in: bfloat16, float16 or float32."""
-    device: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(cpu)")] = None
-    """Where to compute, as cpu or cuda:0."""
     revision: Annotated[str | None, tyro.conf.arg(metavar="REV", help_behavior_hint=_UNSET)] = None
     """Of the model on the hub: a branch, tag or commit."""
-    trust_remote_code: bool = False
-    """Run the Python code that comes with the model. Only for sources you trust."""
+    loading: WithLoading = field(default_factory=Loading)
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=_UNSET)] = None
     """Write the record there as JSON; - is standard output."""
     debug: bool = False
@@ -103,14 +98,7 @@ def run(words: list[str]) -> int:
     with ProgressBar() as progress:
         calibrations = [_read(options, name, "calibration", progress) for name in options.calibrations]
         texts = [_read(options, name, "test", progress) for name in options.texts or options.calibrations]
-        opened = open_model(
-            options.model,
-            revision=options.revision,
-            dtype=options.dtype,
-            device=options.device,
-            trust_remote_code=options.trust_remote_code,
-            progress=progress,
-        )
+        opened = open_model(options.model, options.loading, progress, options.revision)
         compared = compare_calibrations(
             opened.model,
             opened.tokenizer,
@@ -173,8 +161,7 @@ def _check(options: Any) -> None:
         ("batch-size", options.batch_size, 1),
     ):
         check_count(option, value, least, "compare")
-    check_dtype(options.dtype)
-    check_device(options.device)
+    options.loading.check()
     check_json(options.json)
 
 

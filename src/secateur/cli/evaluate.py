@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ import tyro
 from secateur.cli.options import choose, given, parse
 from secateur.cli.output import STDOUT, check_json, print_table, provenance, warn, write_json
 from secateur.cli.progress_bar import ProgressBar, duration
-from secateur.cli.request import Opened, check_count, check_device, check_dtype, check_template, open_model
+from secateur.cli.request import Loading, Opened, WithLoading, check_count, check_template, open_model
 from secateur.errors import UsageError
 
 MEASURES = ("perplexity", "fidelity", "sparsity", "generation", "tasks")
@@ -61,14 +61,9 @@ class EvaluateOptions:
     """At most so many windows."""
     batch_size: int = 1
     """Windows in one forward call."""
-    dtype: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(the model's own)")] = None
-    """To load and compute in: bfloat16, float16 or float32."""
-    device: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(cpu)")] = None
-    """Where to compute, as cpu or cuda:0."""
     revision: Annotated[str | None, tyro.conf.arg(metavar="REV", help_behavior_hint="")] = None
     """Of MODEL on the hub: a branch, tag or commit."""
-    trust_remote_code: bool = False
-    """Run the Python code that comes with the models. Only for sources you trust."""
+    loading: WithLoading = field(default_factory=Loading)
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Write the record there as JSON; - is standard output."""
     debug: bool = False
@@ -99,8 +94,7 @@ def run(words: list[str]) -> int:
     check_count("limit", options.limit, 1, "evaluate")
     check_count("seed", options.seed, 0, "evaluate")
     check_count("batch-size", options.batch_size, 1, "evaluate")
-    check_dtype(options.dtype)
-    check_device(options.device)
+    options.loading.check()
     check_json(options.json)
     text = None
     with ProgressBar() as progress:
@@ -138,8 +132,8 @@ def _measure(
     from secateur.evaluate import fidelity, generation, perplexity, sparsity
     from secateur.evaluate import measure as measure_both
 
-    opened = _open(options, options.model, options.revision, progress)
-    dense = _open(options, options.against, None, progress) if options.against else None
+    opened = open_model(options.model, options.loading, progress, options.revision)
+    dense = open_model(options.against, options.loading, progress) if options.against else None
     how: dict[str, Any] = {
         "seqlen": options.seqlen,
         "windows": options.windows,
@@ -191,17 +185,6 @@ def _tasks(options: EvaluateOptions, opened: Opened, dense: Opened | None, progr
         results["dense tasks"] = measured(dense)
         results["against dense"] = compare_tasks(results["tasks"], results["dense tasks"])
     return results
-
-
-def _open(options: EvaluateOptions, name: str, revision: str | None, progress: ProgressBar) -> Opened:
-    return open_model(
-        name,
-        revision=revision,
-        dtype=options.dtype,
-        device=options.device,
-        trust_remote_code=options.trust_remote_code,
-        progress=progress,
-    )
 
 
 def _pruning(opened: Opened) -> dict[str, Any] | None:

@@ -121,7 +121,7 @@ def _fields(form: Any, prefix: str = "") -> dict[str, Any]:
         bare = get_args(hint)[0] if marks else hint
         name = prefix + field.name.replace("_", "-")
         if dataclasses.is_dataclass(bare):
-            found |= _fields(bare, f"{name}.")
+            found |= _fields(bare, prefix if tyro.conf.OmitArgPrefixes in marks else f"{name}.")
         elif tyro.conf.Positional in marks:
             found[name] = bare
         elif bare is bool and field.default is True:

@@ -17,7 +17,7 @@ import tyro
 from secateur.cli.options import parse
 from secateur.cli.output import STDOUT, check_json, print_table, provenance, warn, write_json
 from secateur.cli.progress_bar import ProgressBar
-from secateur.cli.request import check_count, check_device, check_dtype, open_model
+from secateur.cli.request import Loading, check_count, check_device, check_dtype, open_model
 from secateur.errors import InvalidParameter, LoadFailure, UsageError
 
 if TYPE_CHECKING:
@@ -143,10 +143,8 @@ def answer(words: list[str]) -> int:
         else:
             from secateur.safety.generate import answer as answers_of
 
-            opened = open_model(
-                options.model, revision=options.revision, dtype=options.dtype, device=options.device,
-                trust_remote_code=False, progress=progress,
-            )  # fmt: skip
+            loading = Loading(options.dtype, options.device)
+            opened = open_model(options.model, loading, progress, options.revision)
             model = opened.record()
             found = answers_of(
                 opened.model, opened.tokenizer, asked.prompts, batch_size=options.batch_size, model_name=options.model,

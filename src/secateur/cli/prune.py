@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ from secateur.cli.output import (
     write_json,
 )
 from secateur.cli.progress_bar import ProgressBar, duration
-from secateur.cli.request import Opened, check_count, check_device, check_dtype, check_template, open_model
+from secateur.cli.request import Loading, Opened, WithLoading, check_count, check_template, open_model
 from secateur.errors import UsageError
 
 _NAME = tyro.conf.arg(metavar="NAME")
@@ -85,14 +85,9 @@ class PruneOptions:
     """What to do with a weight that the model uses without calling its layer."""
     batch_size: int = 1
     """Windows in one forward call."""
-    dtype: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(the model's own)")] = None
-    """To load and compute in: bfloat16, float16 or float32."""
-    device: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(cpu)")] = None
-    """Where to compute, as cpu or cuda:0."""
     revision: Annotated[str | None, tyro.conf.arg(metavar="REV", help_behavior_hint=_UNSET)] = None
     """Of the model on the hub: a branch, tag or commit."""
-    trust_remote_code: bool = False
-    """Run the Python code that comes with the model. Only for sources you trust."""
+    loading: WithLoading = field(default_factory=Loading)
     out: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint=_UNSET)] = None
     """The folder to save in; it appears at the end, whole or not at all."""
     overwrite: bool = False
@@ -142,14 +137,7 @@ def run(words: list[str]) -> int:
             text = read_source(options.calibration, "calibration", template=options.template, progress=progress)
         else:
             _say_unused(words, options.method)
-        opened = open_model(
-            options.model,
-            revision=options.revision,
-            dtype=options.dtype,
-            device=options.device,
-            trust_remote_code=options.trust_remote_code,
-            progress=progress,
-        )
+        opened = open_model(options.model, options.loading, progress, options.revision)
         how = {"model": opened.record(), **provenance(command, "prune")}
         if options.dry_run:
             record = _plan(opened, options, method, text, request) | how
@@ -246,8 +234,7 @@ def _check(options: Any) -> None:
     check_count("seqlen", options.seqlen, 2, "prune")
     check_count("seed", options.seed, 0, "prune")
     check_count("batch-size", options.batch_size, 1, "prune")
-    check_dtype(options.dtype)
-    check_device(options.device)
+    options.loading.check()
     if options.out is None and options.json is None and not options.dry_run:
         raise UsageError("Nothing would be kept: name a folder with --out DIR (or --json FILE, or --dry-run).")
     out = None if options.out is None else Path(options.out)

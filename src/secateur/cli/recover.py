@@ -15,7 +15,7 @@ from secateur.cache import scratch_beside
 from secateur.cli.options import given, parse
 from secateur.cli.output import STDOUT, check_json, percent, print_table, provenance, size, warn, write_json
 from secateur.cli.progress_bar import ProgressBar, duration
-from secateur.cli.request import Opened, check_count, check_device, check_dtype, open_model
+from secateur.cli.request import Loading, Opened, WithLoading, check_count, open_model
 from secateur.errors import UsageError
 from secateur.recovery.options import Recovery
 
@@ -60,12 +60,7 @@ class RecoverOptions(Recovery):
     """Replace the folder if it exists."""
     resume: bool = False
     """Go on with the run that was stopped."""
-    dtype: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(the model's own)")] = None
-    """To load, compute and save in: bfloat16, float16 or float32."""
-    device: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(cpu)")] = None
-    """Where to compute, as cpu or cuda:0."""
-    trust_remote_code: bool = False
-    """Run the Python code that comes with the models. Only for sources you trust."""
+    loading: WithLoading = field(default_factory=Loading)
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=_UNSET)] = None
     """Write the record there as JSON; - is standard output."""
     debug: bool = False
@@ -81,18 +76,11 @@ def run(words: list[str]) -> int:
     from secateur.recovering import recover, with_recovery
 
     with ProgressBar() as progress:
-        how: dict[str, Any] = {
-            "revision": None,
-            "dtype": options.dtype,
-            "device": options.device,
-            "trust_remote_code": options.trust_remote_code,
-            "progress": progress,
-        }
-        opened = open_model(options.model, **how)
+        opened = open_model(options.model, options.loading, progress)
         if options.out is not None:
             room = sum(parameter.nbytes for parameter in opened.model.parameters())
             check_target(options.out, overwrite=options.overwrite, size=room)
-        dense = open_model(dense_name, **how) if dense_name else None
+        dense = open_model(dense_name, options.loading, progress) if dense_name else None
         result = recover(
             opened.model,
             opened.tokenizer,
@@ -143,8 +131,7 @@ def _check(options: RecoverOptions) -> tuple[dict[str, Any], Path | None]:
     check_count("seqlen", options.seqlen, 2, "recover")
     check_count("samples", options.samples, 1, "recover")
     check_count("held-out", options.held_out, 0, "recover")
-    check_dtype(options.dtype)
-    check_device(options.device)
+    options.loading.check()
     if options.out is None and options.json is None:
         raise UsageError("Nothing would be kept: name a folder with --out DIR (or --json FILE).")
     out = None if options.out is None else Path(options.out).expanduser().resolve()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
 
 from secateur.cli.options import choose
 from secateur.cli.output import say, warn
@@ -56,6 +59,26 @@ def check_device(device: str | None) -> None:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """How models are loaded, and where."""
+
+    dtype: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(the model's own)")] = None
+    """To load and compute in: bfloat16, float16 or float32."""
+    device: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(cpu)")] = None
+    """Where to compute, as cpu or cuda:0."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a model. Only for sources you trust."""
+
+    def check(self) -> None:
+        """Raise unless that can be, as far as is known without a model."""
+        check_dtype(self.dtype)
+        check_device(self.device)
+
+
+WithLoading = Annotated[Loading, tyro.conf.OmitArgPrefixes]
+
+
+@dataclass(frozen=True)
 class Opened:
     """A model in memory, its tokenizer, and where it came from."""
 
@@ -77,22 +100,15 @@ class Opened:
         }
 
 
-def open_model(
-    name: str,
-    *,
-    revision: str | None,
-    dtype: str | None,
-    device: str | None,
-    trust_remote_code: bool,
-    progress: Progress,
-) -> Opened:
+def open_model(name: str, loading: Loading, progress: Progress, revision: str | None = None) -> Opened:
     """Find and load a model, and tell the person where its weights came from."""
     from secateur.models.load import load, resolve
     from secateur.models.processor import imitates
 
     source = resolve(name, revision=revision, progress=progress)
     say(f"{name}: {source.description}")
-    model, tokenizer = load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress)
+    how: dict[str, Any] = dataclasses.asdict(loading)
+    model, tokenizer = load(source, progress=progress, **how)
     if imitates(model.dtype, model.device):
         kind = str(model.dtype).removeprefix("torch.")
         warn(f"this processor has no {kind} arithmetic and imitates it, many times slower: try --dtype float32.")
