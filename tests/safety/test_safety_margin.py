@@ -138,7 +138,7 @@ def test_bad_input_is_one_line():
         margin(model, tokenizer, [prompts[0], prompts[0]])
     with pytest.raises(UsageError, match="no chat template"):
         margin(model, byte_tokenizer(None), prompts)
-    with pytest.raises(UsageError, match=r"refuses prompt 'bare-0' .*: only one turn"):
+    with pytest.raises(UsageError, match=r"refuses the prompt 'bare-0' .*\(only one turn\)"):
         margin(model, byte_tokenizer("{{ raise_exception('only one turn') }}"), prompts)
     with pytest.raises(InvalidParameter, match="batch_size"):
         margin(model, tokenizer, prompts, batch_size=0)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoadFailure, TextTooShort, UsageError
+from ..models.fetch import one_line
 from ..progress import Progress, silent
 from .calibration import Calibration, Windows, check_integer, check_vocabulary, ids_sha256, sequence_length
 from .instructions import Instructions, Message
@@ -187,26 +188,39 @@ def _render(tokenizer: Any, conversation: Sequence[Message], text: Instructions,
     """One string; `asking` adds what stands before an answer."""
     if text.template == "plain":
         return "\n\n".join(content for _, content in conversation) + ("\n\n" if asking else "")
+    otherwise = "use a chat model, or render it plainly with --template plain"
+    return through_template(tokenizer, conversation, f"'{text.name}'", otherwise, asking=asking)
+
+
+def through_template(
+    tokenizer: Any, turns: Sequence[tuple[str, str]], what: str, otherwise: str, *, asking: bool = True
+) -> str:
+    """A conversation, given as roles and contents, as one string in the model's own form.
+
+    Args:
+        what, otherwise: what is rendered, and what to do where it cannot be, for the messages.
+        asking: adds what stands before an answer.
+
+    Raises:
+        UsageError: there is no chat template, or it refuses these roles. LoadFailure: jinja2 is missing.
+    """
     if not tokenizer.chat_template:
-        raise UsageError(
-            f"The tokenizer of this model has no chat template, which '{text.name}' needs: render it plainly with "
-            f"--template plain, or use a chat model."
-        )
+        raise UsageError(f"The tokenizer of this model has no chat template, which {what} needs: {otherwise}.")
     try:
         import jinja2
     except ImportError as error:
         raise LoadFailure("Chat templates need the package 'jinja2': pip install jinja2.") from error
-    messages = [{"role": role, "content": content} for role, content in conversation]
+    messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        rendered: str = tokenizer.apply_chat_template(
+        text: str = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=asking, date_string=DATE
         )
     except jinja2.TemplateError as error:
         raise UsageError(
-            f"The chat template of this model refuses a conversation of '{text.name}' with the roles "
-            f"{', '.join(role for role, _ in conversation)} ({error}): use --template plain."
+            f"The chat template of this model refuses {what} with the roles {', '.join(role for role, _ in turns)} "
+            f"({one_line(error)}): {otherwise}."
         ) from error
-    return rendered
+    return text
 
 
 def _padded(tokenizer: Any, rows: list[Tensor]) -> tuple[Tensor, Tensor]:

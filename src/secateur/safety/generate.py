@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ..data.calibration import check_integer
-from ..data.chat import DATE
-from ..errors import InvalidParameter, LoadFailure, UsageError
-from ..models.fetch import one_line, quiet
+from ..data.chat import through_template
+from ..errors import InvalidParameter, UsageError
+from ..models.fetch import quiet
 from ..progress import Progress, silent
 from ..walk import evaluating
 from .decoding import Decoding
@@ -130,24 +130,7 @@ def encode(tokenizer: Any, prompt: Prompt, decoding: Decoding) -> list[int]:
 
 def render(tokenizer: Any, prompt: Prompt, decoding: Decoding) -> str:
     """The conversation as one string, up to where the answer begins; errors as `encode`."""
-    if not tokenizer.chat_template:
-        raise UsageError("The tokenizer of this model has no chat template, which answers need: use a chat model.")
-    try:
-        import jinja2
-    except ImportError as error:
-        raise LoadFailure("Chat templates need the package 'jinja2': pip install jinja2.") from error
-    turns = decoding.turns(prompt)
-    messages = [{"role": role, "content": content} for role, content in turns]
-    try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, date_string=DATE
-        )
-    except jinja2.TemplateError as error:
-        raise UsageError(
-            f"The chat template of this model refuses the prompt '{prompt.id}' with the roles "
-            f"{', '.join(role for role, _ in turns)} ({one_line(error)})."
-        ) from error
-    return text
+    return through_template(tokenizer, decoding.turns(prompt), f"the prompt '{prompt.id}'", "use a chat model")
 
 
 def write(

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from secateur.data.chat import DATE
-from secateur.errors import LoadFailure, UsageError
+from secateur.data.chat import through_template
+from secateur.errors import UsageError
 from secateur.safety.records import Prompt
 
 if TYPE_CHECKING:
@@ -75,27 +75,10 @@ def as_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, opening: str | N
     Raises:
         UsageError: no chat template, or one that refuses the conversation.
     """
-    if not tokenizer.chat_template:
-        raise UsageError(
-            "The tokenizer of this model has no chat template: take a chat model, or give the tokenizer one "
-            "(tokenizer.chat_template)."
-        )
-    try:
-        import jinja2
-    except ImportError as error:
-        raise LoadFailure("Chat templates need the package 'jinja2': pip install jinja2.") from error
-    turns = [{"role": role, "content": content} for role, content in prompt.turns]
+    turns = [*prompt.turns]
     if opening is not None:  # the template writes what stands before an answer, a space in Llama-2's
-        turns.append({"role": "assistant", "content": opening})
-    roles = ", ".join(turn["role"] for turn in turns)
-    try:
-        text: str = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=opening is None, date_string=DATE
-        )
-    except jinja2.TemplateError as error:
-        raise UsageError(
-            f"The chat template of this model refuses prompt '{prompt.id}' (roles {roles}): {error}."
-        ) from error
+        turns.append(("assistant", opening))
+    text = through_template(tokenizer, turns, f"the prompt '{prompt.id}'", "use a chat model", asking=opening is None)
     if opening is None:
         return text
     end = text.rfind(opening)
