@@ -46,6 +46,17 @@ class InvalidParameter(UsageError):
         super().__init__(f"The '{name}' of {owner} must be {allowed}. Got {got!r} instead.")
 
 
+def check_whole(name: str, owner: str, value: object, least: int = 1) -> None:
+    """Raise `InvalidParameter` unless a value is a whole number of at least `least`.
+
+    >>> check_whole("steps", "besa", True)
+    Traceback (most recent call last):
+    secateur.errors.InvalidParameter: The 'steps' of besa must be a whole number of at least 1. Got True instead.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidParameter(name, owner, f"a whole number of at least {least}", value)
+
+
 class UnknownName(UsageError):
     """A name that is not in a list; the nearest known one is offered.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.data.calibration import Calibration
-from secateur.errors import InvalidParameter, UsageError
+from secateur.errors import UsageError, check_whole
 from secateur.scout import Batch
 
 Data = Calibration | Tensor | Sequence[Mapping[str, Tensor]]
@@ -33,8 +33,7 @@ def batches_of(
     >>> batches_of(nn.Linear(1, 1), torch.arange(6).view(3, 2), batch_size=2)[1]
     {'input_ids': tensor([[4, 5]])}
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InvalidParameter("batch_size", "prune", "a whole number >= 1", batch_size)
+    check_whole("batch_size", "prune", batch_size)
     batch_size = together(batch_size) if together else batch_size
     ids = data.ids if isinstance(data, Calibration) else data
     if not isinstance(ids, Tensor):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from secateur.errors import InvalidParameter
+from secateur.errors import InvalidParameter, check_whole
 from secateur.inputs import Data
 from secateur.masks import Pattern, check_sparsity
 from secateur.methods import Method
@@ -50,8 +50,7 @@ def shares(sparsity: float, rounds: int) -> list[float]:
     [0.5, 0.75]
     """
     check_sparsity(sparsity)
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise InvalidParameter("rounds", "prune_iteratively", "a whole number of at least 1", rounds)
+    check_whole("rounds", "prune_iteratively", rounds)
     return [1 - (1 - sparsity) ** (i / rounds) for i in range(1, rounds)] + [sparsity]
 
 

@@ -31,7 +31,7 @@ from secateur.attention.transfer import mass_recall
 from secateur.data.pairs import Pairs, pair_batches
 from secateur.data.passages import CHARACTERS, passage_batches, passages
 from secateur.data.text import Text, read_text
-from secateur.errors import InvalidParameter, UsageError
+from secateur.errors import UsageError, check_whole
 from secateur.evaluate.embeddings import compare_embeddings, embed
 from secateur.evaluate.fidelity import of_tokens
 from secateur.evaluate.perplexity import of_nlls
@@ -158,8 +158,7 @@ class HeldOut:
         progress: Progress = silent,
     ) -> None:
         for name, value, least in (("windows", windows, 1), ("observed", observed, 0), ("batch_size", batch_size, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InvalidParameter(name, "plan_quality", f"a whole number of at least {least}", value)
+            check_whole(name, "plan_quality", value, least)
         self.tokenizer, self.length, self.size, self.progress = tokenizer, length, batch_size, progress
         self.on_pairs = isinstance(data, Pairs)
         if bool(model.config.is_encoder_decoder) != self.on_pairs:

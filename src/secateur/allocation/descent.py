@@ -23,7 +23,7 @@ from typing import Literal
 
 from secateur.allocation.contract import NOTHING, Allocation, Evidence, by_block, meet_budget
 from secateur.allocation.trial import on_trial
-from secateur.errors import InvalidParameter
+from secateur.errors import InvalidParameter, check_whole
 from secateur.models.layers import Layer
 from secateur.statistics import SecondMoment
 
@@ -58,9 +58,7 @@ class Descent(Allocation):
 
     def __post_init__(self) -> None:
         for name in ("steps", "tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidParameter(name, "descent", "a whole number >= 1", value)
+            check_whole(name, "descent", getattr(self, name))
         for name in ("bound", "stride"):
             if not 0 < getattr(self, name) < 0.5:
                 raise InvalidParameter(name, "descent", "a number in (0, 0.5)", getattr(self, name))

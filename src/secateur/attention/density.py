@@ -21,7 +21,7 @@ from secateur.attention.plan import Plan
 from secateur.attention.site_mask import SiteMask
 from secateur.attention.sites import Site
 from secateur.attention.tiles import blocks, lengths, sum_tiles
-from secateur.errors import InvalidParameter, UsageError
+from secateur.errors import UsageError, check_whole
 
 COARSE = 128  # tokens on a side of the blocks that GPU kernels like
 
@@ -116,8 +116,8 @@ def extents(plan: Plan, length: int | None = None, keys: int | None = None) -> d
         InvalidParameter: a length that is none.
     """
     for name, value in (("length", length), ("keys", keys)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InvalidParameter(name, "an attention plan", "a whole number of tokens >= 1", value)
+        if value is not None:
+            check_whole(name, "an attention plan", value)
     known = plan.record.get("sizes") if length is None else None
     chosen = plan.record.get("length") if length is None else length
     if not isinstance(chosen, int):

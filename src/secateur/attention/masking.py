@@ -25,7 +25,7 @@ from secateur.attention.selection import above_percentile, drop_lowest
 from secateur.attention.site_mask import SiteMask
 from secateur.attention.sites import Site
 from secateur.attention.tiles import sum_tiles
-from secateur.errors import InvalidParameter, UnknownName, UsageError
+from secateur.errors import InvalidParameter, UnknownName, UsageError, check_whole
 from secateur.masks import check_sparsity, drop_count
 
 KINDS = ("toeplitz", "hybrid", "absolute")
@@ -100,9 +100,8 @@ class Masking:
                 raise UnknownName(kind, str(value), known)
         for name, least in (("block", 1), ("sinks", 0), ("band", 1), ("rows", 1)):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            if not whole and not (value is None and name != "sinks"):
-                raise InvalidParameter(name, "attention masks", f"a whole number >= {least}", value)
+            if value is not None or name == "sinks":
+                check_whole(name, "attention masks", value, least)
         used = {self.cross if word == "decoder-cross" else self.kind for word in chosen}
         for name, value in (("population", self.population), ("rule", self.rule)):
             if value in ("paper", "any") and used != {"absolute"}:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from secateur.attention.tiles import FACTS
 from secateur.cache import put_in_place, scratch_beside, sync
-from secateur.errors import InvalidParameter, LoadFailure, OutputExists, SaveFailure, UsageError
+from secateur.errors import LoadFailure, OutputExists, SaveFailure, UsageError, check_whole
 
 FORMAT = "secateur attention observation 1"
 TENSORS, RECORD = "observation.safetensors", "observation.json"
@@ -206,15 +206,14 @@ def load_observation(folder: str | Path) -> Observation:
     return loaded
 
 
-def check_block(block: object) -> int:
+def check_block(block: Any) -> int:
     """A block of at least one token.
 
     >>> check_block(64)
     64
     """
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise InvalidParameter("block", "an observation", "a whole number of tokens >= 1", block)
-    return block
+    check_whole("block", "an observation", block)
+    return int(block)
 
 
 def _check_site(site: SiteObservation) -> None:

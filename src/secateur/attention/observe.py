@@ -22,7 +22,7 @@ from secateur.attention.sensitivity import differentiable, objective, sensitivit
 from secateur.attention.sites import Site
 from secateur.attention.tiles import Tiles, attention_tiles
 from secateur.data.calibration import Calibration, ids_sha256
-from secateur.errors import InvalidParameter, NumericalFailure, TextTooShort, UsageError
+from secateur.errors import InvalidParameter, NumericalFailure, TextTooShort, UsageError, check_whole
 from secateur.progress import Progress, silent
 from secateur.scout import Batch, run
 from secateur.walk import evaluating
@@ -112,8 +112,7 @@ def observe(
 
 def _runs(model: Any, data: Data, lengths: Sequence[int] | None, block: int, size: int) -> dict[int, list[Batch]]:
     """Length -> the batches to run."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise InvalidParameter("batch_size", "observe", "a whole number >= 1", size)
+    check_whole("batch_size", "observe", size)
     for length in lengths or ():
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise InvalidParameter("lengths", "observe", "whole numbers of tokens >= 1", length)

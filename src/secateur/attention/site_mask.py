@@ -20,7 +20,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..errors import InvalidParameter, UsageError
+from ..errors import InvalidParameter, UsageError, check_whole
 from ..kernels.block_attention.layout import BlockLayout
 
 MaskKind = Literal["absolute", "toeplitz", "hybrid"]
@@ -65,8 +65,7 @@ class SiteMask:
             raise InvalidParameter("kind", "an attention mask", f"one of {', '.join(get_args(MaskKind))}", self.kind)
         if self.extend not in get_args(Extend):
             raise InvalidParameter("extend", "an attention mask", "'refuse' or 'diagonal'", self.extend)
-        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
-            raise InvalidParameter("block", "an attention mask", "a whole number of tokens >= 1", self.block)
+        check_whole("block", "an attention mask", self.block)
         if self.causal and self.cross:
             raise UsageError("An attention mask cannot be causal and of cross-attention.")
         wanted = {"rows": self.kind != "toeplitz", "offsets": self.kind != "absolute"}

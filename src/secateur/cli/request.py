@@ -11,7 +11,7 @@ import tyro
 
 from secateur.cli.options import choose
 from secateur.cli.output import say, warn
-from secateur.errors import InvalidParameter, UsageError
+from secateur.errors import UsageError, check_whole
 from secateur.progress import Progress
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 def check_count(option: str, value: int | None, least: int, verb: str) -> None:
     """Raise unless a number that was given is at least `least`."""
-    if value is not None and value < least:
-        raise InvalidParameter(option, verb, f"a whole number of at least {least}", value)
+    if value is not None:
+        check_whole(option, verb, value, least)
 
 
 def check_dtype(dtype: str | None) -> None:

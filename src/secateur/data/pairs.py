@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InvalidParameter, LoadFailure, TextTooShort, UsageError
+from ..errors import LoadFailure, TextTooShort, UsageError, check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,8 +106,7 @@ def pair_batches(
         raise UsageError(f"Pairs of sentences are for an encoder-decoder, and {type(model).__name__} is not one.")
     if tokenizer.pad_token_id is None:
         raise UsageError("Pairs of sentences are read in batches, and the tokenizer has no padding token.")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InvalidParameter("batch_size", "pair_batches", "a positive integer", batch_size)
+    check_whole("batch_size", "pair_batches", batch_size)
     read = tokenizer(list(pairs.sources), text_target=list(pairs.references), truncation=True)
     rows = sorted(zip(read["input_ids"], read["labels"], strict=True), key=lambda row: (len(row[0]), len(row[1])))
     batches = []

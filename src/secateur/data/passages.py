@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..errors import InvalidParameter, TextTooShort
+from ..errors import TextTooShort, check_whole
 from .text import Text
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ def passages(text: Text, characters: int, count: int) -> tuple[str, ...]:
     ('one two', 'four five')
     """
     for name, value in (("characters", characters), ("count", count)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidParameter(name, "passages", "a positive integer", value)
+        check_whole(name, "passages", value)
     joined = text.joined
     step = len(joined) // count
     found: list[str] = []

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from secateur.errors import InvalidParameter, NumericalFailure, UsageError
+from secateur.errors import NumericalFailure, UsageError, check_whole
 from secateur.evaluate.sample import mean_and_stderr, with_error
 from secateur.models.fetch import quiet
 from secateur.progress import Progress, silent
@@ -180,7 +180,6 @@ def _check(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int) ->
         raise UsageError(f"Embeddings need an encoder; {type(model).__name__} reads one text and writes another.")
     if tokenizer.pad_token_id is None:
         raise UsageError("Embeddings are made in batches, and the tokenizer has no padding token.")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InvalidParameter("batch_size", "embed", "a positive integer", batch_size)
+    check_whole("batch_size", "embed", batch_size)
     if not texts:
         raise UsageError("There is no text to embed.")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secateur.errors import InvalidParameter, UsageError
+from secateur.errors import UsageError, check_whole
 from secateur.models.fetch import quiet
 from secateur.progress import Progress, silent
 from secateur.walk import evaluating
@@ -153,8 +153,7 @@ def continuations(
     """What one model writes after each prompt; the arguments and errors of `generation`."""
     from secateur.data.calibration import sequence_length
 
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise InvalidParameter("tokens", "generation", "a positive integer", tokens)
+    check_whole("tokens", "generation", tokens)
     if model.config.is_encoder_decoder or not model.can_generate():
         raise UsageError(f"Generation needs a causal language model; {type(model).__name__} is not one.")
     room = sequence_length(tokenizer, model)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.data.task_sources import Questions, is_ours, read_task
 from secateur.data.tasks import draw, draw_indices, items_sha256
-from secateur.errors import InvalidParameter, LoadFailure, UsageError
+from secateur.errors import LoadFailure, UsageError, check_whole
 from secateur.evaluate.sample import with_error
 from secateur.progress import Progress, silent
 
@@ -121,8 +121,7 @@ def tasks(
     """
     from secateur.evaluate import harness
 
-    if isinstance(batch_size, bool) or batch_size < 1:
-        raise InvalidParameter("batch_size", "tasks", "a positive integer", batch_size)
+    check_whole("batch_size", "tasks", batch_size)
     draw_indices(1, limit, seed)
     ours, theirs = read_tasks(names, progress=progress)
     items = {questions.name: draw(questions.items, limit, seed) for questions in ours}

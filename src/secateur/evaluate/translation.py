@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from secateur.data.pairs import Pairs
-from secateur.errors import InvalidParameter, UsageError
+from secateur.errors import InvalidParameter, UsageError, check_whole
 from secateur.models.fetch import quiet
 from secateur.progress import Progress, silent
 from secateur.walk import evaluating
@@ -95,8 +95,7 @@ def translate(
     if not model.config.is_encoder_decoder or not model.can_generate():
         raise UsageError(f"Translation needs an encoder-decoder that generates; {type(model).__name__} is not one.")
     for name, value in (("tokens", tokens), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidParameter(name, "translate", "a positive integer", value)
+        check_whole(name, "translate", value)
     if not sources:
         raise UsageError("There is no sentence to translate.")
     device = model.get_input_embeddings().weight.device

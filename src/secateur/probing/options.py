@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from secateur.errors import InvalidParameter, UnknownName, UsageError
+from secateur.errors import InvalidParameter, UnknownName, UsageError, check_whole
 from secateur.masks import check_sparsity
 
 MEASURES: dict[str, str] = {
@@ -142,8 +142,8 @@ class Study:
             "seed": 0,
         }.items():
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
-                raise InvalidParameter(name, "a study", f"a whole number of at least {smallest}", value)
+            if value is not None:
+                check_whole(name, "a study", value, smallest)
         if not 0 <= self.temperature < float("inf"):
             raise InvalidParameter("temperature", "a study", "a number of at least 0", self.temperature)
         if (self.answers_per_prompt > 1) != (self.temperature > 0):

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from secateur.errors import InvalidParameter, UnknownName, UsageError
+from secateur.errors import InvalidParameter, UnknownName, UsageError, check_whole
 from secateur.recovery.adapters import ADAPTERS, LORA
 from secateur.recovery.subsets import SUBSETS
 
@@ -95,8 +95,8 @@ class Recovery:
         _choose("value of inputs", self.inputs, PREFIXES)
         _choose("value of targets", self.targets, PREFIXES)
         for name in ("rank", "steps", "batch_size", "accumulate", "checkpoint_every"):
-            _whole(name, getattr(self, name), 1)
-        _whole("seed", self.seed, 0)
+            check_whole(name, "recover", getattr(self, name))
+        check_whole("seed", "recover", self.seed, 0)
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
             raise UsageError(
                 f"A window must contain a non-linearity: at least one block (--window 1). Got {self.window!r}; "
@@ -130,11 +130,6 @@ def _choose(kind: str, name: str, known: object) -> None:
     names = list(known)  # type: ignore[call-overload]
     if name not in names:
         raise UnknownName(kind, name, names)
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InvalidParameter(name, "recover", f"a whole number of at least {least}", value)
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_below: bool) -> None:

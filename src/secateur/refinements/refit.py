@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.errors import InvalidParameter
+from secateur.errors import InvalidParameter, check_whole
 from secateur.least_squares import fit_kept
 from secateur.masks import Pattern
 from secateur.refinements import Refined, Refinement
@@ -50,8 +50,7 @@ class Refit(Refinement):
     source = "Hestenes and Stiefel 1952, J. Res. NBS 49; the idea in ALPS, Meng et al. 2024, arXiv:2406.07831"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.iterations, int) or self.iterations < 1:
-            raise InvalidParameter("iterations", "refit", "a whole number >= 1", self.iterations)
+        check_whole("iterations", "refit", self.iterations)
         for name in ("damping", "tolerance"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InvalidParameter(name, "refit", "a finite number >= 0", getattr(self, name))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.errors import InvalidParameter, UsageError
+from secateur.errors import UsageError, check_whole
 from secateur.masks import NM, Pattern, Unstructured
 from secateur.refinements import Refined, Refinement
 from secateur.statistics import Gram
@@ -50,8 +50,7 @@ class Swap(Refinement):
 
     def __post_init__(self) -> None:
         for name in ("rounds", "candidates"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise InvalidParameter(name, "swap", "a whole number >= 1", getattr(self, name))
+            check_whole(name, "swap", getattr(self, name))
 
     def check(self, pattern: Pattern) -> None:
         if pattern == Unstructured("column"):

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import InvalidParameter, NumericalFailure, UsageError
+from secateur.errors import NumericalFailure, UsageError, check_whole
 from secateur.evaluate.logits import Reader
 from secateur.progress import Progress, silent
 from secateur.safety.clusters import Estimate, check_same, cluster_mean, holm, signed_rank
@@ -152,8 +152,7 @@ def focus(
         UsageError: no prompts, two with one id, no span; a model that gives no attention maps or looks both ways.
         NumericalFailure: a measure is not finite.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InvalidParameter("batch_size", "focus", "a positive integer", batch_size)
+    check_whole("batch_size", "focus", batch_size)
     check_prompts(prompts, "focus")
     rendered = [render(tokenizer, prompt, chat=chat) for prompt in prompts]
     check_room(model, {prompt.id: len(each.ids) for prompt, each in zip(prompts, rendered, strict=True)})

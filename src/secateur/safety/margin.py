@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from secateur.errors import InvalidParameter, UsageError
+from secateur.errors import InvalidParameter, UsageError, check_whole
 from secateur.evaluate.choices import Choices, Request
 from secateur.progress import Progress, silent
 from secateur.safety.clusters import Array, Estimate, Z, check_same, cluster_contrast, cluster_mean, signed_rank
@@ -165,8 +165,7 @@ def margin(
         UsageError: no prompts, two with one id, no chat template, no causal language model.
         NumericalFailure: a probability is not finite.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InvalidParameter("batch_size", "margin", "a positive integer", batch_size)
+    check_whole("batch_size", "margin", batch_size)
     check_prompts(prompts, "margin")
     every = (*openings.refusal, *openings.affirmative)
     requests = []

@@ -12,7 +12,7 @@ import html
 import unicodedata
 from dataclasses import dataclass, field
 
-from secateur.errors import InvalidParameter
+from secateur.errors import InvalidParameter, check_whole
 from secateur.safety.records import Answer, Prompt
 
 LIMIT = 2_000  # characters shown of one text
@@ -60,8 +60,7 @@ class Redaction:
     def __post_init__(self) -> None:
         if not isinstance(self.show_text, bool):  # a mistaken "no" must not open everything
             raise InvalidParameter("show_text", "Redaction", "True or False", self.show_text)
-        if isinstance(self.limit, bool) or not isinstance(self.limit, int) or self.limit < 1:
-            raise InvalidParameter("limit", "Redaction", "a positive integer", self.limit)
+        check_whole("limit", "Redaction", self.limit)
 
     def prompt(self, prompt: Prompt) -> Shown:
         """Of a prompt: its conversation."""

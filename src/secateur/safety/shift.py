@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from secateur.data.text import Text, read_text
-from secateur.errors import InvalidParameter, NumericalFailure, TextTooShort, UsageError
+from secateur.errors import NumericalFailure, TextTooShort, UsageError, check_whole
 from secateur.evaluate.logits import Reader
 from secateur.progress import Progress, silent
 from secateur.safety.clusters import Estimate, check_same, cluster_mean, signed_rank
@@ -161,8 +161,7 @@ def shift(
         TextTooShort: the preamble's text is shorter than a template.
         NumericalFailure: a log-probability is not finite.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InvalidParameter("batch_size", "shift", "a positive integer", batch_size)
+    check_whole("batch_size", "shift", batch_size)
     check_prompts(prompts, "shift")
     text = preamble if isinstance(preamble, Text) else read_text(preamble, "test")
     rows: dict[tuple[int, ...], Rendered] = {}
