@@ -158,9 +158,12 @@ def test_other_architectures_need_accelerate(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed")
-def test_other_architectures_go_through_transformers(alone: Path, qwen: tuple[Any, Path], tmp_path: Path) -> None:
+def test_other_architectures_go_through_transformers(
+    alone: Path, qwen: tuple[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, path = qwen
     back, _ = load(path)
+    assert capsys.readouterr().err == "", "a bar of transformers' own"
     assert back.dtype == torch.float32 and type(back) is Qwen2ForCausalLM
     torch.testing.assert_close(back(IDS).logits, model(IDS).logits, rtol=0, atol=1e-6)
     back.save_pretrained(tmp_path / "again")

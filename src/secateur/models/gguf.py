@@ -13,6 +13,8 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -283,9 +285,10 @@ def _convert_with_transformers(path: Path, folder: Path, architecture: str, dtyp
     from transformers import AutoModelForCausalLM
 
     try:
-        read = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, **_unpacked()
-        )
+        with _without_bar():
+            read = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, **_unpacked()
+            )
     except (
         ValueError,
         KeyError,
@@ -307,6 +310,22 @@ def _convert_with_transformers(path: Path, folder: Path, architecture: str, dtyp
     plain.tie_weights()
     plain.generation_config = read.generation_config
     plain.to(dtype).save_pretrained(folder)
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """transformers' reader draws a bar of its own, which nothing else of it turns off."""
+    from transformers import modeling_gguf_pytorch_utils as theirs
+
+    bar = getattr(theirs, "tqdm", None)
+    if bar is None:
+        yield
+        return
+    theirs.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        theirs.tqdm = bar
 
 
 def _unpacked() -> dict[str, Any]:
