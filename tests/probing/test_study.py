@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from secateur.errors import LoadFailure, UnknownName, UsageError
+from secateur.errors import LoadFailure, RunFailure, UnknownName, UsageError
 from secateur.probing.judged import NOTHING
 from secateur.probing.options import Arm, Study
 from secateur.probing.study import run_study
@@ -259,3 +259,12 @@ def test_arms_and_the_declared_one():
         Study(model="m", primary="dense")
     with pytest.raises(LoadFailure, match="no folder of a study"):
         summarise(Path(__file__).parent)
+
+
+def test_a_judge_that_is_the_judged_model_is_warned_of(refuser, tmp_path):
+    own = f"endpoint:{refuser.model.name}@http://localhost:9/v1"
+    study = a_study(refuser, judges=(*JUDGES, own), measures=("answers",), sparsities=(0.3,))
+    with pytest.raises(RunFailure):  # nobody answers there
+        run_study(study, tmp_path / "out")
+    (declared,) = (json.loads(file.read_text()) for file in (tmp_path / "out" / "study").iterdir())
+    assert any("is the model that is judged" in warning for warning in declared["result"]["warnings"])

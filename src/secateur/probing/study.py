@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from secateur import parallel
@@ -98,6 +98,20 @@ def make_judges(specifications: Sequence[str]) -> list[Judge]:
     return judges if any(judge.checks_text for judge in judges) else [*judges, make_judge("incoherence")]
 
 
+def judging_itself(judges: Sequence[Judge], model: str) -> list[str]:
+    """A warning for each judge that is the model it judges, or goes by its name.
+
+    >>> judging_itself([make_judge("endpoint:Llama-3-8B@http://localhost:8000/v1")], "models/llama-3-8b/")
+    ["The judge 'endpoint:Llama-3-8B/refusal' is the model that is judged: models are lenient with themselves."]
+    """
+    own = PurePath(model).name.lower()
+    return [
+        f"The judge '{judge.name}' is the model that is judged: models are lenient with themselves."
+        for judge in judges
+        if judge.asks is not None and PurePath(judge.asks).name.lower() == own
+    ]
+
+
 class _Run:
     """The state of one run: models are made when a step needs them."""
 
@@ -145,7 +159,7 @@ class _Run:
                     {"name": judge.name, "version": judge.version, "source": judge.source, "text": judge.checks_text}
                     for judge in self.judges
                 ],
-                "warnings": list(self.asked.prompts.warnings),
+                "warnings": [*self.asked.prompts.warnings, *judging_itself(self.judges, self.study.model)],
                 "versions": versions(),
             }
             self.folder.write(STUDY, STUDY, primary, record)

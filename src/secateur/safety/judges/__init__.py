@@ -52,6 +52,11 @@ class Judge(ABC):
     def version(self) -> str:
         """Changes whenever the same answers could get other verdicts."""
 
+    @property
+    def asks(self) -> str | None:
+        """The language model that it asks, by name."""
+        return None
+
     @abstractmethod
     def judge(self, items: Sequence[Item]) -> list[Verdict]:
         """One verdict an item, in their order."""

@@ -119,6 +119,10 @@ class Asked(Judge):
         _ = self._endpoint  # a URL that is none is told of now
 
     @property
+    def asks(self) -> str:
+        return self._endpoint.model
+
+    @property
     def name(self) -> str:
         return f"endpoint:{self._endpoint.model}/{self.rubric}"
 
