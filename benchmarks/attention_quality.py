@@ -93,7 +93,7 @@ class Group:
         self.encoder = not self.pairs and options.model == "minilm"
         self.sites = SITES[what] if self.pairs else tuple(SITES["all"])
         self.length = LONG if self.pairs else int(what)
-        self.block = 1 if self.pairs else max(1, self.length // options.rows)
+        self.block = 1 if self.pairs else max(1, self.length // options.blocks)
         self.size = options.batch_size if self.pairs or self.encoder else 1
 
     @cached_property
@@ -192,7 +192,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.console = options, Console(width=150)
-        keys = ("tokens", "samples", "rows", "passages", "sentences", "observed", "steps", "lr", "rank", "objective")
+        keys = ("tokens", "samples", "blocks", "passages", "sentences", "observed", "steps", "lr", "rank", "objective")
         self.settings = {"dtype": options.dtype, **{key: getattr(options, key) for key in keys}}
         path = RESULTS / f"{options.name}.json"
         record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--encoder-length", type=int, default=256, help="of minilm")
     parser.add_argument("--tokens", type=int, default=16384, help="of text that smollm2 is measured on, at each length")
     parser.add_argument("--samples", type=int, default=8, help="windows to observe; passages four times as many")
-    parser.add_argument("--rows", type=int, default=64, help="blocks on a side of the attention of a window")
+    parser.add_argument("--blocks", type=int, default=64, help="blocks on a side of the attention of a window")
     parser.add_argument("--passages", type=int, default=64, help="that minilm is measured on")
     parser.add_argument("--sentences", type=int, default=100, help="that are translated")
     parser.add_argument("--observed", type=int, default=400, help="other sentences, to observe and to learn from")
@@ -287,7 +287,7 @@ def main() -> None:
     parser.add_argument("--name", default="attention_quality", help="of the file in results/")
     options = parser.parse_args()
     if options.quick:
-        small = {"lengths": [256], "tokens": 512, "samples": 2, "rows": 16, "passages": 8, "sentences": 8,
+        small = {"lengths": [256], "tokens": 512, "samples": 2, "blocks": 16, "passages": 8, "sentences": 8,
                  "observed": 24, "pool": 200, "sparsities": [0.5], "train_at": [0.5], "train_kinds": ["toeplitz"],
                  "steps": 2, "encoder_length": 64}  # fmt: skip
         vars(options).update(small)
