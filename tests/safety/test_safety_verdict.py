@@ -139,7 +139,7 @@ def test_more_refusals_with_some_damage_are_not_called_safer(told):
 def test_the_same_answers_twice_are_inconclusive_with_the_change_that_could_be_found(told):
     found = verdict(told, DENSE)
     assert found.word == "inconclusive" and found.p == 1.0
-    assert "less than 6.4 points could not be" in found.why[0]
+    assert "one under 6.4 points could not have been found" in found.why[0]
 
 
 def test_a_model_that_never_refuses_has_nothing_to_lose(told):
