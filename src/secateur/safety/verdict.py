@@ -163,7 +163,8 @@ def _word(found: Sequence[Comparison], p: Sequence[float], rule: Rule) -> tuple[
     if not any(drops):
         return (
             "inconclusive",
-            f"no change of attack success was found, and one under {100 * attack.detectable:.1f} points could not have been found",
+            f"no change of attack success was found, and one under {100 * attack.detectable:.1f} points could not have "
+            "been found",
         )
     if not all(drops):
         sees, not_ = (
