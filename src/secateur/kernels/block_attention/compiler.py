@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from functools import cache
 
 from secateur.errors import UsageError
 
@@ -24,6 +25,12 @@ def no_compiler(what: str) -> str | None:
     >>> no_compiler("this") is None or "needs a C++ compiler" in no_compiler("this")
     True
     """
-    if shutil.which(compiler()) is None:
-        return f"{what} needs a C++ compiler, and there is no {compiler()}: install one, or set CXX"
-    return None
+    if _found(compiler()):
+        return None
+    return f"{what} needs a C++ compiler, and there is no {compiler()}: install one, or set CXX"
+
+
+@cache
+def _found(command: str) -> bool:
+    """Every layer of a model asks for it."""
+    return shutil.which(command) is not None
