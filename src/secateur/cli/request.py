@@ -63,7 +63,7 @@ class Loading:
     """How models are loaded, and where."""
 
     dtype: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(the model's own)")] = None
-    """To load and compute in: bfloat16, float16 or float32."""
+    """To load and compute in, and to save in where a model is saved: bfloat16, float16 or float32."""
     device: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(cpu)")] = None
     """Where to compute, as cpu or cuda:0."""
     trust_remote_code: bool = False
