@@ -19,10 +19,7 @@ HERE = pytest.mark.skipif(native.cannot_compile() is not None, reason=str(native
 
 
 def both(tensors, layout, key_keep=None, **options):
-    found = [
-        block_attention(*tensors, layout, key_keep=key_keep, backend=b, **options) for b in ("native", "reference")
-    ]
-    return found
+    return [block_attention(*tensors, layout, key_keep=key_keep, backend=b, **options) for b in ("native", "reference")]
 
 
 @HERE
