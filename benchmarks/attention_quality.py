@@ -146,7 +146,7 @@ class Group:
                 window_plan(like, sparsity=share) if base == "window" else random_plan(like, sparsity=share)
             )
         else:
-            make = partial(made, kind=base, cross="absolute" if base == "hybrid" else base, pool=pool or "layer")
+            make = partial(made, kind=base, pool=pool or "layer")
             make = partial(make, score=score or "mean")
         return at_sparsity(make, sparsity, seen)
 

@@ -277,7 +277,7 @@ def sparsity_on(plan: Plan, observation: Observation, length: int | None = None)
     kept = possible = every = 0.0
     for name, site in observation.at(length).items():
         if (mask := plan.sites.get(name)) is not None:
-            kept += float((_kept(mask, site, observation.block) * site.count).sum())
+            kept += float(_kept_pairs(mask, site, observation.block))
             possible += float(site.count.sum()) * site.heads
             every += float(site.area.sum()) * site.heads
     if not possible:
@@ -371,11 +371,13 @@ def _block(plan: Plan) -> int:
     return next(iter(plan.sites.values())).block
 
 
-def _kept(mask: SiteMask, site: SiteObservation, observed: int) -> torch.Tensor:
-    """Bool (heads, rows, columns) over the observation's tiles."""
+def _kept_pairs(mask: SiteMask, site: SiteObservation, observed: int) -> torch.Tensor:
+    """Over all heads and sequences."""
     if mask.block % observed:
         raise UsageError(f"The plan has blocks of {mask.block}, which blocks of {observed} do not divide.")
     rows, columns = site.count.shape
     factor = mask.block // observed
     keep = mask.layout(rows * observed, columns * observed).keep.cpu().expand(site.heads, -1, -1)
-    return keep.repeat_interleave(factor, 1).repeat_interleave(factor, 2)[:, :rows, :columns]
+    keep = keep.repeat_interleave(factor, 1).repeat_interleave(factor, 2)[:, :rows, :columns]
+    last = site.last_count if mask.last and site.last_count is not None else torch.zeros_like(site.count)
+    return torch.where(keep, site.count, last).sum()

@@ -23,20 +23,32 @@ def seen(name, family, found, allowed, block, kv_heads=None):
     area = sum_tiles(torch.ones_like(allowed, dtype=torch.long), block) * sequences
     rows = -(-queries // block)
     per_row = torch.tensor([min(block, queries - block * row) for row in range(rows)]) * sequences
+    sums = {
+        "mass": tiles.sum(0).float(),
+        "square": (tiles**2 / each.clamp(min=1)).sum(0).float(),
+        "count": each * sequences,
+    }
+    causal = family == "decoder-self"
+    last = {} if causal else {f"last_{key}": _last_column(value) for key, value in sums.items()}
     return SiteObservation(
         name=name,
         family=family,
         heads=heads,
         kv_heads=kv_heads or heads,
-        causal=family == "decoder-self",
-        mass=tiles.sum(0).float(),
-        square=(tiles**2 / each.clamp(min=1)).sum(0).float(),
-        count=each * sequences,
+        causal=causal,
         area=area,
         facts=torch.rand(heads, rows, len(FACTS)),
         queries=per_row,
         sequences=sequences,
+        **sums,
+        **last,
     )
+
+
+def _last_column(sums):
+    only = torch.zeros_like(sums)
+    only[..., -1] = sums[..., -1]
+    return only
 
 
 def observation(*sites, block, length):

@@ -10,9 +10,10 @@ Either way a mask depends on positions alone, so that decoding with a cache equa
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,21 @@ def attached(model: nn.Module, plan: Plan, backend: str = "auto") -> Iterator[At
     masks = {name: _Masked(mask) for name, mask in plan.masks_for(model).items()}
     said = Attached()
 
+    def compute(call: AttentionCall, masked: _Masked) -> Tensor:
+        layout = masked.layout(call)
+        name = backend if backend != "auto" else _choose(call, layout)
+        said.backends[name] += 1
+        output = block_attention(
+            call.query,
+            call.key,
+            call.value,
+            layout,
+            scale=call.scaling,
+            key_keep=call.key_keep,
+            backend=name,
+        )
+        return output.transpose(1, 2).contiguous()
+
     def run(call: AttentionCall) -> Tensor:
         masked = masks.get(call.site.name)
         if masked is None:
@@ -72,24 +88,13 @@ def attached(model: nn.Module, plan: Plan, backend: str = "auto") -> Iterator[At
             return attend(call)
         reason = _irregular(call)
         if reason is None:
-            layout = masked.layout(call)
-            name = backend if backend != "auto" else _choose(call, layout)
-            said.backends[name] += 1
-            output = block_attention(
-                call.query,
-                call.key,
-                call.value,
-                layout,
-                scale=call.scaling,
-                key_keep=call.key_keep,
-                backend=name,
-            )
-            return output.transpose(1, 2).contiguous()
+            own_ends = masked.mask.last and call.key_keep is not None
+            return _by_length(call, partial(compute, masked=masked)) if own_ends else compute(call, masked)
         if call.query.shape[2] > 1:
             if backend not in ("auto", "reference"):
                 raise UsageError(f"The backend '{backend}' cannot run {call.site.name}: {reason}. Take 'auto'.")
             said.reasons[reason] += 1
-        elif reason == _DECODED:
+        elif reason == _DECODED and not (masked.mask.last and call.key_keep is not None):
             said.backends["decode"] += 1
             return decode(call, masked.row(call))
         said.backends["entries"] += 1
@@ -115,6 +120,20 @@ def _irregular(call: AttentionCall) -> str | None:
     if call.value.shape[-1] != call.key.shape[-1]:
         return "values and keys have different sizes"
     return _DECODED if call.query.shape[2] == 1 else None
+
+
+def _by_length(call: AttentionCall, compute: Callable[[AttentionCall], Tensor]) -> Tensor:
+    """Each length of a padded batch by itself, without its padding: the last key is another in each."""
+    assert call.key_keep is not None
+    lengths = call.key_keep.sum(1)
+    output = call.value.new_zeros(len(call.query), call.query.shape[2], call.query.shape[1], call.value.shape[-1])
+    for keys in lengths.unique().tolist():
+        rows = (lengths == keys).nonzero().flatten()
+        queries = keys if call.site.kind == "self" else call.query.shape[2]
+        if keys:
+            query, key, value = call.query[rows, :, :queries], call.key[rows, :, :keys], call.value[rows, :, :keys]
+            output[rows, :queries] = compute(replace(call, query=query, key=key, value=value, key_keep=None))
+    return output
 
 
 def _choose(call: AttentionCall, layout: BlockLayout) -> str:
@@ -155,7 +174,8 @@ class _Masked:
         keys = call.key_positions.clamp(min=0)
         if call.key_keep is not None:  # where padding stands means nothing
             keys = torch.where(call.key_keep, keys, 0)
-        return _Entries(self.on(call.query.device), call.query_positions.clamp(min=0), keys)
+        count = None if call.key_keep is None else call.key_keep.sum(1)
+        return _Entries(self.on(call.query.device), call.query_positions.clamp(min=0), keys, count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +185,7 @@ class _Entries:
     mask: SiteMask
     queries: Tensor
     keys: Tensor
+    count: Tensor | None
 
     def __call__(self, rows: slice) -> Tensor:
-        return self.mask.allowed(self.queries[:, rows], self.keys)
+        return self.mask.allowed(self.queries[:, rows], self.keys, self.count)

@@ -3,9 +3,9 @@
     random    blocks drawn at random
     window    the blocks nearest to the diagonal (StreamingLLM's sinks and local window, arXiv:2309.17453)
 
-Both keep what every mask keeps, the diagonal and the plan's sinks, and then in each layer as many blocks as the plan
-keeps there at one length: one block more would be another density. The published random baseline draws over another
-population than the masks it is compared with (specs of this project, attention.md 1.7, no. 13).
+Both keep what every mask keeps, the diagonal, the plan's sinks and last keys, and then in each layer as many blocks as
+the plan keeps there at one length: one block more would be another density. The published random baseline draws over
+another population than the masks it is compared with (specs of this project, attention.md 1.7, no. 13).
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def _matched(mask: SiteMask, site: Site, order: Order, queries: int, keys: int, 
     possible = distance >= 0 if mask.causal else torch.ones_like(distance, dtype=torch.bool)
     sinks = 0 if mask.sinks is None else int(mask.sinks.any(0).sum())
     column = torch.arange(columns)
-    forced = ((column < max(1, sinks)) if mask.cross else (distance == 0) | (column < sinks)) & possible
+    ends = (column < (max(1, sinks) if mask.cross else sinks)) | (mask.last & (column == columns - 1))
+    forced = (ends.expand_as(distance) if mask.cross else (distance == 0) | ends) & possible
     rank = order(distance, site.heads).masked_fill(forced, -1.0).masked_fill(~possible, torch.inf)
     total = site.heads * int(possible.sum())
     many = int(like.sum()) if sparsity is None else total - drop_count(total, sparsity)
@@ -100,7 +101,7 @@ def _matched(mask: SiteMask, site: Site, order: Order, queries: int, keys: int, 
     lowest = 0 if mask.causal else 1 - columns
     offsets = _distances(keep, distance, possible & ~forced, lowest)
     marks = torch.ones(site.heads, sinks, dtype=torch.bool) if sinks else None
-    return SiteMask("hybrid", mask.block, mask.causal, keep, offsets, marks, lowest, mask.cross)
+    return SiteMask("hybrid", mask.block, mask.causal, keep, offsets, marks, lowest, mask.cross, last=mask.last)
 
 
 def _distances(keep: Tensor, distance: Tensor, ruled: Tensor, lowest: int) -> Tensor:

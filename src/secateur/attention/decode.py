@@ -39,6 +39,8 @@ def row_of(call: AttentionCall, mask: SiteMask, last: Row | None = None) -> Row:
         return last
     device = call.key.device
     kept = mask.blocks(torch.tensor([place[0]], device=device), torch.arange(place[1], device=device))[:, 0]
+    if mask.last:
+        kept = kept | (torch.arange(place[1], device=device) == place[1] - 1)
     kept = kept.expand(call.query.shape[1], -1).reshape(groups, -1, place[1])
     union = kept.any(1)
     most = int(union.sum(1).max())

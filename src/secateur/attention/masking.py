@@ -5,6 +5,9 @@
     drop               the lowest of a pool, until round(tiles x sparsity) of its tiles that may meet are gone
 
 The diagonal, the sinks and the local band stay whatever their score, within the count. What no sequence reached stays.
+So does, where keys behind the query count, each sequence's last block of keys: there encoders and cross-attention rest
+what they have no use for, as decoders do on the first key, and as it is another position in every sentence, it would
+hide in the scores of single positions what they are worth by themselves.
 
 Source: Rugina et al. 2020, arXiv:2012.02030: the mean attention of a data set, cut at a percentile. `population`
 "paper" is its percentile, over pairs that can never meet as well: of a causal square the first 50 % of p cost nothing.
@@ -12,19 +15,17 @@ Source: Rugina et al. 2020, arXiv:2012.02030: the mean attention of a data set, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from secateur.attention.candidates import Candidates, candidates
 from secateur.attention.observation import Observation, SiteObservation
 from secateur.attention.plan import Plan
 from secateur.attention.selection import above_percentile, drop_lowest
-from secateur.attention.site_mask import SiteMask
 from secateur.attention.sites import Site
-from secateur.attention.tiles import sum_tiles
 from secateur.errors import InvalidParameter, UnknownName, UsageError, check_whole
 from secateur.masks import check_sparsity, drop_count
 
@@ -33,7 +34,7 @@ POOLS = ("head", "kv_group", "layer", "stack", "model")
 POPULATIONS = ("possible", "paper")
 RULES = ("mass", "any")
 SCORES = ("mean", "square", "loss")
-LOCAL = 0.75  # of a row's budget: on SmolLM2 the band is worth more than what the mean attention ranks before it
+LASTS = ("auto", "always", "never")
 FAMILIES = ("encoder-self", "decoder-self", "decoder-cross")
 _SHORT = {"cross": "decoder-cross"}
 
@@ -54,8 +55,9 @@ class Masking:
     kind: str = "toeplitz"
     """toeplitz: distances of blocks. absolute: single blocks, which end with the observed length. hybrid: single blocks
     in the first rows, distances behind them."""
-    cross: str = "absolute"
-    """The kind of cross-attention, where a distance means less. It extends along the diagonal behind its last row."""
+    cross: str | None = None
+    """The kind of cross-attention, by default absolute if the kind is, or else toeplitz. An absolute one goes on along
+    the diagonal behind its last row."""
     pool: str = "layer"
     """What shares one threshold: a head, kv_group, layer (one attention module), stack (all modules of one kind:
     encoder-self, decoder-self, decoder-cross), or model."""
@@ -71,9 +73,13 @@ class Masking:
     """Tokens on a side of a block; a multiple of the observation's, by default that (64 with rule any)."""
     sinks: int = 1
     """Leading key blocks that every query keeps."""
+    last: str = "auto"
+    """Whether in encoders and cross-attention every query also keeps its sequence's last key block: always, never, or
+    auto, where the sinks, it and the diagonal take a third of what a row keeps, or less."""
     band: int | None = None
-    """Blocks up to the diagonal that stay (and behind it in an encoder); by default three quarters of what the sparsity
-    leaves an average row besides the sinks, but 1 with the paper's percentile, with rule any and with score loss."""
+    """Blocks up to the diagonal that stay (and behind it where keys there count); by default three quarters of what the
+    sparsity leaves an average row besides the sinks, and half of it in cross-attention; but 1 (none in cross-attention)
+    with the paper's percentile, with rule any and with score loss."""
     rows: int | None = None
     """hybrid: how many block rows are single blocks, by default a quarter of those observed."""
     sites: tuple[str, ...] = FAMILIES
@@ -85,15 +91,17 @@ class Masking:
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity, "attention masks")
+        if self.cross is None:
+            object.__setattr__(self, "cross", "absolute" if self.kind == "absolute" else "toeplitz")
         words: str | tuple[str, ...] = self.sites
         chosen = tuple(_SHORT.get(word, word) for word in ((words,) if isinstance(words, str) else words))
         object.__setattr__(self, "sites", chosen)
         for kind, value, known in (
-            ("kind of attention mask", self.kind, KINDS), ("kind of attention mask", self.cross, KINDS),
+            ("kind of attention mask", self.kind, KINDS), ("kind of attention mask", str(self.cross), KINDS),
             ("pool", self.pool, POOLS), ("population", self.population, POPULATIONS), ("block rule", self.rule, RULES),
             ("attention score", self.score, SCORES),
             ("value of share", self.share, ("head", "kv_group")),
-            ("value of extend", self.extend, ("refuse", "diagonal")),
+            ("value of extend", self.extend, ("refuse", "diagonal")), ("value of last", self.last, LASTS),
             *(("kind of attention", word, FAMILIES) for word in chosen),
         ):  # fmt: skip
             if value not in known:
@@ -152,7 +160,7 @@ def make_plan(
         there = sorted({site.family for site in observation.at(length).values()})
         raise UsageError(f"The observation has no {' or '.join(masking.sites)} attention, only {', '.join(there)}.")
     block = _block(observation, masking)
-    found = [_candidates(site, observation.block, block, masking) for site in seen.values()]
+    found = [candidates(site, observation.block, block, masking) for site in seen.values()]
     pools: dict[tuple[str, ...], list[tuple[int, int]]] = {}
     for number, one in enumerate(found):
         for head in range(len(one.score)):
@@ -175,28 +183,6 @@ def make_plan(
 def _size(site: SiteObservation, block: int, length: int | None) -> list[int]:
     """Queries and keys that were observed, in tokens."""
     return [min(number * block, length or number * block) for number in site.count.shape]
-
-
-@dataclass(eq=False)
-class Candidates:
-    """What may go at one site. A row is a head, or a group of heads with one mask.
-
-    score: (rows, n). weight: (n,) tiles of each. forced: (n,) bool. total: tiles of one row, forced ones that are no
-    candidate too. impossible: pairs or tiles of one row that may never meet. keep: (rows, n), set by the selection.
-    """
-
-    site: SiteObservation
-    score: Tensor
-    weight: Tensor
-    forced: Tensor
-    total: int
-    impossible: int
-    build: Callable[[Tensor], SiteMask]
-    keep: Tensor
-
-    def mask(self) -> SiteMask:
-        """The mask of what was kept."""
-        return self.build(self.keep.repeat_interleave(self.site.heads // len(self.keep), 0))
 
 
 def _pool(one: Candidates, row: int, pool: str) -> tuple[str, ...]:
@@ -236,164 +222,3 @@ def _block(observation: Observation, masking: Masking) -> int:
         allowed = f"a multiple of the {observation.block} tokens that were observed"
         raise InvalidParameter("block", "attention masks", allowed, block)
     return block
-
-
-def _candidates(site: SiteObservation, observed: int, block: int, masking: Masking) -> Candidates:
-    kind = masking.cross if site.family == "decoder-cross" else masking.kind
-    factor = block // observed
-    groups = site.kv_heads if masking.share == "kv_group" else site.heads
-    grid = _Grid.of(site, 1 if masking.rule == "any" else factor, groups, masking.score)
-    if masking.rule == "any":
-        return _entries(site, grid, block, factor, masking)
-    if kind == "absolute":
-        return _absolute(site, grid, block, masking)
-    count = 0
-    if kind == "hybrid":
-        rows = grid.possible.shape[0]
-        count = min(rows, masking.rows or max(1, rows // 4))
-    return _by_distance(site, grid, block, masking, count)
-
-
-@dataclass(frozen=True, eq=False)
-class _Grid:
-    """mass: (groups, rows, columns), of a whole group, or its squares; count, area: (rows, columns)."""
-
-    mass: Tensor
-    count: Tensor
-    area: Tensor
-
-    @classmethod
-    def of(cls, site: SiteObservation, factor: int, groups: int, score: str) -> _Grid:
-        summed = {"mean": site.mass, "square": site.square, "loss": site.loss}[score]
-        if summed is None:
-            raise UsageError(f"The score 'loss' needs gradients, and {site.name} has none: observe with --gradients.")
-        mass = summed.double().view(groups, -1, *site.count.shape).mean(1)
-        return cls(sum_tiles(mass, factor), sum_tiles(site.count, factor), sum_tiles(site.area, factor))
-
-    @property
-    def possible(self) -> Tensor:
-        return self.count > 0
-
-    @property
-    def score(self) -> Tensor:
-        return self.mass / self.count.clamp(min=1)
-
-    def distances(self) -> Tensor:
-        rows, columns = self.count.shape
-        device = self.count.device
-        return torch.arange(rows, device=device)[:, None] - torch.arange(columns, device=device)
-
-
-def _band(site: SiteObservation, grid: _Grid, masking: Masking) -> int:
-    if masking.band is not None or masking.population == "paper" or masking.score == "loss":
-        return masking.band or 1
-    rows, columns = grid.count.shape
-    sinks = int((grid.possible & (torch.arange(columns) < masking.sinks)).sum())
-    width = LOCAL * ((1 - masking.sparsity) * int(grid.possible.sum()) - sinks) / rows
-    return max(1, round(width if site.causal else (width + 1) / 2))
-
-
-def _always(site: SiteObservation, grid: _Grid, sinks: int, band: int) -> Tensor:
-    """Bool (rows, columns): sinks and band; in cross-attention the first column, which every query has."""
-    column = torch.arange(grid.count.shape[1], device=grid.count.device)
-    cross = site.family == "decoder-cross"
-    sink = (column < (max(1, sinks) if cross else sinks)).expand_as(grid.count)
-    return sink if cross else sink | (grid.distances().abs() < band)
-
-
-def _sinks(site: SiteObservation, sinks: int) -> Tensor | None:
-    return torch.ones(site.heads, sinks, dtype=torch.bool) if sinks else None
-
-
-def _absolute(site: SiteObservation, grid: _Grid, block: int, masking: Masking) -> Candidates:
-    forced = _always(site, grid, masking.sinks, _band(site, grid, masking))
-    place = grid.possible
-
-    def build(keep: Tensor) -> SiteMask:
-        rows = (grid.area == 0).expand(site.heads, -1, -1).clone()
-        rows[:, place] = keep
-        return _mask(site, block, masking, rows | (forced & place))
-
-    score = grid.score[:, place]
-    number = score.shape[1]
-    return Candidates(
-        site, score, torch.ones(number, dtype=torch.long), forced[place], number, place.numel() - number, build,
-        torch.ones_like(score, dtype=torch.bool),
-    )  # fmt: skip
-
-
-def _entries(site: SiteObservation, grid: _Grid, block: int, factor: int, masking: Masking) -> Candidates:
-    """Rule any: entries are chosen, and a block stays if one of them does."""
-    place = grid.possible
-    coarse = _Grid(sum_tiles(grid.mass, factor), sum_tiles(grid.count, factor), sum_tiles(grid.area, factor))
-    forced = _always(site, coarse, masking.sinks, masking.band or 1) & coarse.possible
-
-    def build(keep: Tensor) -> SiteMask:
-        entries = torch.zeros(site.heads, *place.shape, dtype=torch.float32)
-        entries[:, place] = keep.float()
-        return _mask(site, block, masking, (sum_tiles(entries, factor) > 0) | forced | (coarse.area == 0))
-
-    score = grid.score[:, place]
-    number = score.shape[1]
-    none = torch.zeros(number, dtype=torch.bool)
-    return Candidates(
-        site, score, torch.ones(number, dtype=torch.long), none, number, place.numel() - number, build,
-        torch.ones_like(score, dtype=torch.bool),
-    )  # fmt: skip
-
-
-def _by_distance(site: SiteObservation, grid: _Grid, block: int, masking: Masking, count: int) -> Candidates:
-    """Distances of all rows from `count` on, and the single tiles of the rows before."""
-    band = _band(site, grid, masking)
-    forced = _always(site, grid, masking.sinks, band)
-    first = torch.arange(len(grid.count)) < count
-    single = grid.possible & first[:, None]
-    column = torch.arange(grid.count.shape[1])
-    sinks = max(1, masking.sinks) if site.family == "decoder-cross" else masking.sinks
-    ruled = grid.possible & ~first[:, None] & (column >= sinks)  # tiles that a distance decides
-    distance = grid.distances()
-    lowest = 0 if site.causal else int(distance.min())
-    number = int(distance.max()) - lowest + 1
-    index = (distance - lowest).clamp(min=0)
-
-    def along(values: Tensor) -> Tensor:
-        flat = torch.where(ruled, values, 0).flatten(-2)
-        return flat.new_zeros(*flat.shape[:-1], number).index_add_(-1, index.flatten(), flat)
-
-    weight = along(ruled.long())
-    there = weight > 0
-    score = along(grid.mass) / along(grid.count).clamp(min=1)
-    far = (torch.arange(number) + lowest).abs()
-    local = (far < band) & (site.family != "decoder-cross")
-
-    def build(keep: Tensor) -> SiteMask:
-        tiles = int(single.sum())
-        offsets = local.expand(site.heads, -1).clone()
-        offsets[:, there] |= keep[:, tiles:]
-        if not count:
-            return _mask(site, block, masking, None, offsets, lowest)
-        rows = ((grid.area == 0) | (forced & grid.possible)).expand(site.heads, -1, -1).clone()
-        rows[:, single] |= keep[:, :tiles]
-        return _mask(site, block, masking, rows[:, :count], offsets, lowest)
-
-    candidates = torch.cat([grid.score[:, single], score[:, there]], 1)
-    return Candidates(
-        site, candidates, torch.cat([torch.ones(int(single.sum()), dtype=torch.long), weight[there]]),
-        torch.cat([forced[single], local[there]]), int(grid.possible.sum()),
-        int((~grid.possible).sum()), build, torch.ones_like(candidates, dtype=torch.bool),
-    )  # fmt: skip
-
-
-def _mask(
-    site: SiteObservation,
-    block: int,
-    masking: Masking,
-    rows: Tensor | None,
-    offsets: Tensor | None = None,
-    lowest: int = 0,
-) -> SiteMask:
-    cross = site.family == "decoder-cross"
-    kind: Any = "absolute" if offsets is None else "toeplitz" if rows is None else "hybrid"
-    extend: Any = "diagonal" if cross and kind == "absolute" else masking.extend
-    sinks = _sinks(site, masking.sinks)
-    return SiteMask(kind, block, site.causal, rows, offsets, sinks, lowest, cross, extend)

@@ -8,6 +8,8 @@ and n the number of its pairs that may meet there:
     count   sum over sequences of n          area     the same, of the pairs that may never meet too (causal, window)
 
 So padding is in none of the sums, a tile with area but no count is impossible, and one without area is unseen.
+Where keys behind the query count too (encoders, cross-attention), mass, square and count are also summed over each
+sequence's last block of keys alone, which is another column for another length.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from secateur.errors import LoadFailure, OutputExists, SaveFailure, UsageError, 
 FORMAT = "secateur attention observation 1"
 TENSORS, RECORD = "observation.safetensors", "observation.json"
 _TENSORS = ("mass", "square", "count", "area", "facts", "queries")
+_OPTIONAL = ("loss", "last_mass", "last_square", "last_count", "last_loss")
 _FACTS = ("name", "family", "heads", "kv_heads", "causal", "sequences")
 
 
@@ -48,6 +51,8 @@ class SiteObservation:
         sequences: how many were observed.
         loss: (heads, rows, columns) fp32, the sum over sequences of `secateur.attention.sensitivity`'s F; None without
             gradients.
+        last_mass, last_square, last_count, last_loss: the parts of these sums that fall into the last block of keys of
+            their sequence; None in causal sites.
     """
 
     name: str
@@ -63,6 +68,10 @@ class SiteObservation:
     queries: Tensor
     sequences: int
     loss: Tensor | None = None
+    last_mass: Tensor | None = None
+    last_square: Tensor | None = None
+    last_count: Tensor | None = None
+    last_loss: Tensor | None = None
 
     @property
     def possible(self) -> Tensor:
@@ -144,7 +153,7 @@ def save_observation(observation: Observation, folder: str | Path, *, overwrite:
     tensors, sites = dict[str, Tensor](), list[dict[str, Any]]()
     for length, found in observation.lengths.items():
         for site in found.values():
-            parts = {key: getattr(site, key) for key in (*_TENSORS, "loss")}
+            parts = {key: getattr(site, key) for key in (*_TENSORS, *_OPTIONAL)}
             tensors |= {
                 f"{length}.{site.name}.{key}": part.contiguous() for key, part in parts.items() if part is not None
             }
@@ -190,7 +199,7 @@ def load_observation(folder: str | Path) -> Observation:
             there = set(opened.keys())
             for facts in record["sites"]:
                 length, name = int(facts["length"]), facts["name"]
-                kept = [key for key in (*_TENSORS, "loss") if key in _TENSORS or f"{length}.{name}.{key}" in there]
+                kept = [key for key in (*_TENSORS, *_OPTIONAL) if key in _TENSORS or f"{length}.{name}.{key}" in there]
                 found = {key: opened.get_tensor(f"{length}.{name}.{key}") for key in kept}
                 site = SiteObservation(**{key: facts[key] for key in _FACTS}, **found)
                 _check_site(site)
@@ -222,8 +231,8 @@ def _check_site(site: SiteObservation) -> None:
         "mass": (site.heads, rows, columns), "square": (site.heads, rows, columns), "area": (rows, columns),
         "facts": (site.heads, rows, len(FACTS)), "queries": (rows,),
     }  # fmt: skip
-    if site.loss is not None:
-        wanted["loss"] = (site.heads, rows, columns)
+    whole = (site.heads, rows, columns)
+    wanted |= {key: whole[1:] if key == "last_count" else whole for key in _OPTIONAL if getattr(site, key) is not None}
     for key, shape in wanted.items():
         if tuple(getattr(site, key).shape) != shape:
             raise ValueError(f"{key} of {site.name} is {tuple(getattr(site, key).shape)}, not {shape}")

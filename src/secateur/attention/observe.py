@@ -198,15 +198,27 @@ class _Sums:
     """The running sums of one site; they grow with the longest sequence."""
 
     block: int
+    causal: bool
     tensors: dict[str, Tensor] = field(default_factory=dict)
     sequences: int = 0
 
     def add(self, tiles: Tiles) -> None:
-        self._add({**vars(tiles), "square": tiles.mass.square() / tiles.count.clamp(min=1)}, *tiles.count.shape)
+        square = tiles.mass.square() / tiles.count.clamp(min=1)
+        self._add({**vars(tiles), "square": square}, *tiles.count.shape)
+        self._add_last({"mass": tiles.mass, "square": square, "count": tiles.count})
         self.sequences += 1
 
     def add_loss(self, tiles: Tensor) -> None:
         self._add({"loss": tiles}, *tiles.shape[1:])
+        self._add_last({"loss": tiles})
+
+    def _add_last(self, parts: Mapping[str, Tensor]) -> None:
+        if self.causal:
+            return
+        for name, seen in parts.items():
+            only = torch.zeros_like(seen)
+            only[..., -1] = seen[..., -1]
+            self._add({f"last_{name}": only}, *seen.shape[-2:])
 
     def _add(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> None:
         for name, seen in parts.items():
@@ -233,6 +245,8 @@ class _Sums:
             site.name, site.family, site.heads, site.kv_heads, site.causal,
             mass=kept["mass"], square=kept["square"], count=kept["count"], area=kept["area"],
             facts=kept["facts"], queries=kept["queries"], sequences=self.sequences, loss=kept.get("loss"),
+            last_mass=kept.get("last_mass"), last_square=kept.get("last_square"), last_count=kept.get("last_count"),
+            last_loss=kept.get("last_loss"),
         )  # fmt: skip
 
 
@@ -270,7 +284,7 @@ class _Watcher:
         if site.kind == "self":
             self.keep[site.stack] = call.key_keep
         queries = self.keep.get(site.stack)  # of cross-attention: what the decoder's self-attention found
-        sums = self.sums.setdefault(site.name, _Sums(self.block))
+        sums = self.sums.setdefault(site.name, _Sums(self.block, site.causal))
         with torch.no_grad():
             sequences = [self._sequence(call, row, queries) for row in range(len(call.query))]
             for one in sequences:

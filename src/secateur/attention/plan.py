@@ -132,7 +132,7 @@ def save_plan(plan: Plan, folder: str | Path, *, overwrite: bool = False) -> Pat
         shapes = {}
         for part, tensor in mask.tensors().items():
             tensors[f"{number}.{part}"], shapes[part] = _pack(tensor), list(tensor.shape)
-        facts = {key: getattr(mask, key) for key in ("kind", "block", "causal", "lowest", "cross", "extend")}
+        facts = {key: getattr(mask, key) for key in ("kind", "block", "causal", "lowest", "cross", "extend", "last")}
         masks[name] = facts | {"tensors": shapes}
     document = {
         "format": FORMAT,

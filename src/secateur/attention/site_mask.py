@@ -41,6 +41,7 @@ class SiteMask:
         lowest: the distance of the first column of `offsets`: 0 for causal sites, negative where keys behind count.
         cross: whether the keys are another sequence's: then the first key block is kept instead of the diagonal.
         extend: what an absolute mask does behind its last row.
+        last: whether every query keeps the block of its sequence's last key, wherever that is; not in causal masks.
 
     Raises:
         UsageError: tensors that are not bool, of other sizes, or that the kind does not have.
@@ -59,6 +60,7 @@ class SiteMask:
     lowest: int = 0
     cross: bool = False
     extend: Extend = "refuse"
+    last: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(MaskKind):
@@ -68,6 +70,8 @@ class SiteMask:
         check_whole("block", "an attention mask", self.block)
         if self.causal and self.cross:
             raise UsageError("An attention mask cannot be causal and of cross-attention.")
+        if self.causal and self.last:
+            raise UsageError("A causal attention mask cannot keep the last key: queries before it do not see it.")
         wanted = {"rows": self.kind != "toeplitz", "offsets": self.kind != "absolute"}
         for name, dims in (("rows", 3), ("offsets", 2), ("sinks", 2)):
             tensor = getattr(self, name)
@@ -91,7 +95,7 @@ class SiteMask:
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def blocks(self, query_blocks: Tensor, key_blocks: Tensor) -> Tensor:
-        """The rule itself.
+        """The rule itself, without `last`, which depends on the sequence.
 
         Args:
             query_blocks: int64 (Q,), on any device.
@@ -133,14 +137,18 @@ class SiteMask:
         device = next(iter(self.tensors().values())).device if device is None else device
         rows = torch.arange(offset // self.block, (offset + queries - 1) // self.block + 1, device=device)
         columns = torch.arange(-(-keys // self.block), device=device)
-        return BlockLayout(self.blocks(rows, columns), self.block, queries, keys, self.causal, offset)
+        keep = self.blocks(rows, columns)
+        if self.last:
+            keep = keep | (columns == columns[-1])
+        return BlockLayout(keep, self.block, queries, keys, self.causal, offset)
 
-    def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+    def allowed(self, query_positions: Tensor, key_positions: Tensor, keys: Tensor | None = None) -> Tensor:
         """Entry by entry, for positions in any order.
 
         Args:
             query_positions: int64 (..., Q).
             key_positions: int64 (..., K), with the same leading axes, or some that broadcast.
+            keys: int64 (...), how many keys each sequence has; by default as many as the last position says.
 
         Returns:
             Bool (..., heads, Q, K).
@@ -156,6 +164,9 @@ class SiteMask:
             torch.arange(first, int(query.max()) + 1, device=device), torch.arange(int(key.max()) + 1, device=device)
         )
         kept = table[:, (query - first)[..., :, None], key[..., None, :]].movedim(0, -3)
+        if self.last:
+            last = (key_positions.amax(-1) if keys is None else keys - 1) // self.block
+            kept = kept | (key == last[..., None])[..., None, None, :]
         if self.causal:
             kept = kept & (key_positions[..., None, None, :] <= query_positions[..., None, :, None])
         return kept

@@ -99,15 +99,19 @@ def _recall(mask: SiteMask, site: SiteObservation, observed: int) -> Tensor:
     keep = layout.keep.cpu().expand(site.heads, -1, -1)
     keep = keep.repeat_interleave(factor, 1).repeat_interleave(factor, 2)[:, :rows, :columns]
     mass = site.mass.double()
-    return (mass * keep).sum((1, 2)) / mass.sum((1, 2)).clamp(min=torch.finfo(mass.dtype).tiny)
+    kept = mass * keep
+    if mask.last and site.last_mass is not None:
+        kept = torch.where(keep, mass, site.last_mass.double())
+    return kept.sum((1, 2)) / mass.sum((1, 2)).clamp(min=torch.finfo(mass.dtype).tiny)
 
 
 def _always(masks: Sequence[SiteMask], rows: int, columns: int) -> Tensor:
-    """Bool (rows, columns): the diagonal or the first keys, and the sinks that both plans have."""
+    """Bool (rows, columns): the diagonal or the first keys, and the sinks and last keys that both plans have."""
     column = torch.arange(columns)
     own = column == 0 if masks[0].cross else torch.arange(rows)[:, None] == column
     sinks = min(0 if mask.sinks is None else int(mask.sinks.all(0).sum()) for mask in masks)
-    return own | (column < sinks)
+    last = masks[0].last and masks[1].last
+    return own | (column < sinks) | (last & (column == columns - 1))
 
 
 def _shares(length: int, found: dict[str, Tensor], families: dict[str, str]) -> Shares:
