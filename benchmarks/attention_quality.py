@@ -141,7 +141,7 @@ class Group:
             return made(0.0, kind="toeplitz")
         base, pool, score = (*kind.split(":"), "", "")[:3]
         if base in ("window", "random"):
-            like = made(0.5, kind="toeplitz")
+            like = made(sparsity, kind="toeplitz")
             make: Callable[[float], Plan] = lambda share: (  # noqa: E731
                 window_plan(like, sparsity=share) if base == "window" else random_plan(like, sparsity=share)
             )
