@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from secateur.attention.masking import Masking
 
 LOCAL = 0.75  # of a row's budget: on SmolLM2 the band is worth more than what the mean attention ranks before it
-ROOM = 3  # of what a row keeps, the sinks, the last block and the diagonal take this part at most, or the last is free
+ROOM = 2  # the sinks, the last block and the diagonal take a half of what a query keeps at most, or the last is free
 CROSS_LOCAL = 0.5  # between languages: without a band no head looks at some words of a sentence, and they stay unsaid
 
 
@@ -64,7 +64,7 @@ def candidates(site: SiteObservation, observed: int, block: int, masking: Maskin
     kind = masking.cross or masking.kind if site.family == "decoder-cross" else masking.kind
     factor = block // observed
     groups = site.kv_heads if masking.share == "kv_group" else site.heads
-    grid = _Grid.of(site, 1 if masking.rule == "any" else factor, groups, masking)
+    grid = _Grid.of(site, 1 if masking.rule == "any" else factor, groups, block, masking)
     if masking.rule == "any":
         return _entries(site, grid, block, factor, masking)
     if kind == "absolute":
@@ -88,8 +88,8 @@ class _Grid:
     last: bool
 
     @classmethod
-    def of(cls, site: SiteObservation, factor: int, groups: int, masking: Masking) -> _Grid:
-        name, last = {"mean": "mass"}.get(masking.score, masking.score), _keeps_last(site, factor, masking)
+    def of(cls, site: SiteObservation, factor: int, groups: int, block: int, masking: Masking) -> _Grid:
+        name, last = {"mean": "mass"}.get(masking.score, masking.score), _keeps_last(site, block, masking)
         summed, scored = getattr(site, name), site.count
         if summed is None:
             raise UsageError(f"The score 'loss' needs gradients, and {site.name} has none: observe with --gradients.")
@@ -147,13 +147,13 @@ def _always(site: SiteObservation, grid: _Grid, sinks: int, band: int) -> Tensor
     return grid.at_ends(first).expand_as(grid.count) | (grid.distances().abs() < band)
 
 
-def _keeps_last(site: SiteObservation, factor: int, masking: Masking) -> bool:
+def _keeps_last(site: SiteObservation, block: int, masking: Masking) -> bool:
     if site.causal or masking.last != "auto":
         return masking.last == "always" and not site.causal
     if masking.population == "paper" or masking.rule == "any" or site.last_count is None:
         return False
-    possible = sum_tiles(site.count, factor) > 0
-    return (1 - masking.sparsity) * int(possible.sum()) / len(possible) >= ROOM * (masking.sinks + 2)
+    keys = int(site.count.sum()) / max(int(site.queries.sum()), 1)  # that a query may see, in sequences as they are
+    return (1 - masking.sparsity) * keys / block >= ROOM * (masking.sinks + 2)
 
 
 def _sinks(site: SiteObservation, sinks: int) -> Tensor | None:
