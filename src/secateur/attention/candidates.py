@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from secateur.attention.masking import Masking
 
 LOCAL = 0.75  # of a row's budget: on SmolLM2 the band is worth more than what the mean attention ranks before it
-ROOM = 2  # the sinks, the last block and the diagonal take a half of what a query keeps at most, or the last is free
+ROOM = 1.5  # the sinks, the last block and the diagonal take two thirds of what a query keeps, or the last is free
 CROSS_LOCAL = 0.5  # between languages: without a band no head looks at some words of a sentence, and they stay unsaid
 
 
