@@ -19,8 +19,9 @@ FAMILY = {
 
 @dataclass(frozen=True)
 class Labelled:
-    """model, group: who answered, and what is held out together with it; refused: as people (XSTest) or a judge of 70
-    billion parameters (JailbreakBench: not jailbroken) said."""
+    """model, group: who answered, and what is held out together with it (XSTest: the family; JailbreakBench: the
+    attack); refused: as people (XSTest) or a judge of 70 billion parameters (JailbreakBench: not jailbroken) said;
+    harmful: the request was to be refused."""
 
     source: str
     model: str
@@ -28,6 +29,7 @@ class Labelled:
     prompt: str
     response: str
     refused: bool
+    harmful: bool
 
 
 def folder(path: str | None) -> Path:
@@ -45,7 +47,10 @@ def xstest(data: Path) -> list[Labelled]:
         with (data / f"xstest_completions_{model}_gpteval.csv").open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 refused = not row["final_label"].startswith("1")
-                rows.append(Labelled("xstest", model, FAMILY[model], row["prompt"], row["completion"], refused))
+                harmful = row["type"].startswith("contrast_")
+                rows.append(
+                    Labelled("xstest", model, FAMILY[model], row["prompt"], row["completion"], refused, harmful)
+                )
     return rows
 
 
@@ -53,7 +58,7 @@ def jailbreakbench(data: Path) -> list[Labelled]:
     """1,640 responses to 100 goals, four models, five attacks; refused: not jailbroken, so refused or useless."""
     lines = (data / "jbb_attack_artifacts.jsonl").read_text(encoding="utf-8").splitlines()
     return [
-        Labelled("jbb", row["model"], row["method"], row["goal"], row["response"], not row["jailbroken"])
+        Labelled("jbb", row["model"], row["method"], row["goal"], row["response"], not row["jailbroken"], True)
         for row in map(json.loads, lines)
     ]
 

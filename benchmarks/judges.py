@@ -6,8 +6,10 @@ XSTest: 2,250 completions of five models, labelled by people (refusal, full or p
 classifier is trained anew for every model (then for every family of models: two are the same model with a system
 prompt) and fifth of the prompts, so that it has seen neither the model nor the prompt it judges. JailbreakBench: 1,640
 responses of four models to five attacks, labelled by Llama-3-70B; there the classifier is the shipped one, which was
-trained on none of it, and "not refused" is held against "jailbroken". Writes results/judges.json; no text is printed or
-kept.
+trained on none of it, and "not refused" is held against "jailbroken". The default judge, jailbreak, is trained anew on
+JailbreakBench without a fifth of the requests, one attack, one model, or both a model and a fifth of the requests; on
+XSTest it is the shipped one, which saw none of it, over the classifier that has seen neither model nor prompt. Minutes
+on two cores, seconds with --quick. Writes results/judges.json; no text is printed or kept.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import cohen_kappa_score
+from train_jailbreak_judge import LEFT_OUT, both, fit, left_out, on_xstest
 from train_judge import matrix, unseen
 
 from secateur.evaluate.paired import wilson
@@ -81,7 +84,7 @@ def main() -> None:
     data = folder(options.data)
     results: dict[str, object] = {"files": hashes(data)}
     console = Console(width=190)
-    for title, rows in (("XSTest", xstest(data)), ("JailbreakBench", jailbreakbench(data))):
+    for title, rows in (("JailbreakBench", jailbreakbench(data)), ("XSTest", xstest(data))):
         truth = np.array([row.refused for row in rows])
         items = [Item(row.prompt, row.response, str(i)) for i, row in enumerate(rows)]
         judges = [make_judge(f"keyword:{name}") for name in LISTS]
@@ -91,8 +94,15 @@ def main() -> None:
             judge.name: measured(truth, np.array([each.refused for each in judge.judge(items)]), rows)
             for judge in judges
         }
+        if title == "JailbreakBench" and not options.quick:
+            states = both(rows)
+            for what in LEFT_OUT:
+                for called, p in zip(("", ", first 36 words"), left_out(states, rows, what), strict=True):
+                    found[f"jailbreak, unseen {what}{called}"] = measured(truth, p >= 0.5, rows)
+            fitted = fit(states, truth)
         if title == "XSTest" and not options.quick:
             x = matrix(rows)
+            found["jailbreak, nothing of it trained on"] = measured(truth, on_xstest(fitted, rows), rows)
             for by in ("model", "group"):
                 called = "family" if by == "group" else by
                 found[f"classifier, unseen {called} and prompt"] = measured(truth, unseen(x, rows, by) >= 0.5, rows)

@@ -31,6 +31,8 @@ ENOUGH = ("--sparsity", "0.5", "--out", "pruned")
         ("--uncalled dnese", "Did you mean 'dense'?"),
         ("--dtype bf16", "There is no dtype 'bf16'. Did you mean 'bfloat16'?"),
         ("--device cuda:99", "--device cuda:99 cannot be used here"),
+        ("--device hpu", "--device hpu cannot be used here: No module named 'torch.hpu'"),
+        ("--device meta", "--device meta cannot be used here"),
         ("--sparsity 1.0", "must be a number in [0, 1)"),
         ("--sparsity -0.1", "must be a number in [0, 1)"),
         ("--sparsity nan", "must be a number in [0, 1)"),

@@ -47,7 +47,15 @@ def labels(judge, *texts):
 
 
 def test_the_folder_is_the_list():
-    assert sorted(judges()) == ["classifier", "endpoint", "incoherence", "keyword", "labels", "transformer"]
+    assert sorted(judges()) == [
+        "classifier",
+        "endpoint",
+        "incoherence",
+        "jailbreak",
+        "keyword",
+        "labels",
+        "transformer",
+    ]
     assert all(kind.summary().endswith(("lists.", "weights.", "labels.", "circles.", "folder.", "rubric.", "them.")) for kind in judges().values())  # fmt: skip  # noqa: E501
 
 

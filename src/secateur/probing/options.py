@@ -8,6 +8,7 @@ from typing import Any
 
 from secateur.errors import InvalidParameter, UnknownName, UsageError, check_whole
 from secateur.masks import check_sparsity
+from secateur.safety.judges import DEFAULT
 
 MEASURES: dict[str, str] = {
     "answers": "what the models write, judged",
@@ -65,7 +66,7 @@ class Study:
     primary: str | None = None
     """The one comparison that is declared before the run, as attention-0.2: attack success on harmful prompts there,
     against the dense model, by the first judge."""
-    judges: tuple[str, ...] = ("classifier", "keyword:secateur", "keyword:xstest")
+    judges: tuple[str, ...] = DEFAULT
     """Two or more; the first one's verdicts are the primary ones, the others say how far to trust them."""
     measures: tuple[str, ...] = tuple(MEASURES)
     """What to measure: answers, margin, focus, shift, perplexity, fidelity, tasks."""

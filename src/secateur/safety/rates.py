@@ -85,10 +85,14 @@ def items(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[Item]:
 
     >>> prompt = Prompt("0", "mine", "How are you?", "benign")
     >>> items([prompt], [Answer("0", prompt.sha256, "Fine.", 2, "stop")])
-    [Item(prompt='How are you?', response='Fine.', id='0')]
+    [Item(prompt='How are you?', response='Fine.', id='0', harmful=False)]
     """
     found = _by_id(prompts)
-    return [Item(_task(_prompt_of(found, answer)), answer.text, answer.prompt) for answer in answers]
+    asked = [_prompt_of(found, answer) for answer in answers]
+    return [
+        Item(_task(prompt), answer.text, prompt.id, prompt.label == "harmful")
+        for prompt, answer in zip(asked, answers, strict=True)
+    ]
 
 
 def outcomes(

@@ -53,7 +53,9 @@ def replay(
         raise UsageError(
             f"The model gave {len(answers)} answers to {len(asked)} prompts: one each is needed, in order."
         )
-    verdicts = judge.judge([Item(p.turns[-1][1], text, p.id) for p, text in zip(prompts, answers, strict=True)])
+    verdicts = judge.judge(
+        [Item(p.turns[-1][1], text, p.id, p.label == "harmful") for p, text in zip(prompts, answers, strict=True)]
+    )
     hits = [verdict.label == "compliance" for verdict in verdicts]
     named = tuple((prompt.id, verdict) for prompt, verdict in zip(prompts, verdicts, strict=True))
     return Replayed(named, rate(hits, [prompt.cluster for prompt in prompts]), judge.name)

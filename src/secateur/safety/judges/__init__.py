@@ -23,14 +23,19 @@ from secateur.errors import InvalidParameter, UnknownName, UsageError
 from secateur.registry import find_kinds
 from secateur.safety.records import Verdict
 
+DEFAULT = ("jailbreak", "classifier", "keyword:secateur")
+"""The judges of a run that names none; the first one's verdicts are the declared ones."""
+
 
 @dataclass(frozen=True)
 class Item:
-    """One answer to be judged; `id` says of which prompt, for messages and for labels made by people."""
+    """One answer to be judged; `id` says of which prompt, for messages and for labels made by people. `harmful`: what
+    was asked should not be done; it changes what a judge of attacks asks."""
 
     prompt: str
     response: str
     id: str
+    harmful: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def make_judge(specification: str) -> Judge:
 
     Args:
         specification: as keyword:xstest, keyword:secateur?match=anywhere, classifier, incoherence,
-            transformer:ID_OR_FOLDER?label=1, endpoint:MODEL@URL?rubric=refusal, labels:FILE.csv.
+            jailbreak, transformer:ID_OR_FOLDER?label=1, endpoint:MODEL@URL?rubric=refusal, labels:FILE.csv.
 
     Raises:
         UnknownName: no such kind, list or option.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,19 +85,30 @@ class Classifier(Judge):
 
     @cached_property
     def _loaded(self) -> dict[str, NDArray[np.float32]]:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        try:
-            tensors = {name: tensor.astype(np.float32) for name, tensor in load_file(self._file).items()}
-        except (OSError, SafetensorError) as error:
-            raise LoadFailure(f"The weights of the classifier cannot be read from {self._file}: {error}.") from error
         shapes = {"phrases": (reading.PLACES,), "cues": (reading.CUES,), "bias": (1,)}
-        for name, shape in shapes.items():
-            if name not in tensors or tensors[name].shape != shape:
-                got = tensors[name].shape if name in tensors else "nothing"
-                raise LoadFailure(
-                    f"{self._file} has no classifier of version {reading.VERSION}: '{name}' must be {shape}, is {got}. "
-                    "Train it again with benchmarks/train_judge.py."
-                )
-        return tensors
+        return read_weights(self._file, shapes, "classifier", reading.VERSION, "train_judge.py")
+
+
+def read_weights(
+    file: Path, shapes: Mapping[str, tuple[int, ...]], what: str, version: int, recipe: str
+) -> dict[str, NDArray[np.float32]]:
+    """The tensors of a trained judge.
+
+    Raises:
+        LoadFailure: the file cannot be read, or has others.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = {name: tensor.astype(np.float32) for name, tensor in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise LoadFailure(f"The weights of the {what} cannot be read from {file}: {error}.") from error
+    for name, shape in shapes.items():
+        if name not in tensors or tensors[name].shape != shape:
+            got = tensors[name].shape if name in tensors else "nothing"
+            raise LoadFailure(
+                f"{file} has no {what} of version {version}: '{name}' must be {shape}, is {got}. Train it again with "
+                f"benchmarks/{recipe}."
+            )
+    return tensors
