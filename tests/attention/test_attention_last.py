@@ -191,7 +191,7 @@ def test_baselines_keep_it_and_the_count():
 def test_auto_keeps_it_where_there_is_room():
     site = seen("e", "encoder-self", *maps(2, 48, 48, causal=False), 4)  # 12 blocks a row
     given = observation(site, block=4, length=48)
-    assert make_plan(given, 0.625).sites["e"].last and not make_plan(given, 0.63).sites["e"].last  # 4.5 blocks stay
+    assert make_plan(given, 0.75).sites["e"].last and not make_plan(given, 0.76).sites["e"].last  # 3 blocks stay
     assert not make_plan(given, 0.1, kind="absolute", population="paper").sites["e"].last
     old = replace(site, last_mass=None, last_count=None, last_square=None)
     assert not make_plan(observation(old, block=4, length=48), 0.1).sites["e"].last

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from secateur.attention.masking import Masking
 
 LOCAL = 0.75  # of a row's budget: on SmolLM2 the band is worth more than what the mean attention ranks before it
-ROOM = 1.5  # the sinks, the last block and the diagonal take two thirds of what a query keeps, or the last is free
 CROSS_LOCAL = 0.5  # between languages: without a band no head looks at some words of a sentence, and they stay unsaid
 
 
@@ -153,7 +152,7 @@ def _keeps_last(site: SiteObservation, block: int, masking: Masking) -> bool:
     if masking.population == "paper" or masking.rule == "any" or site.last_count is None:
         return False
     keys = int(site.count.sum()) / max(int(site.queries.sum()), 1)  # that a query may see, in sequences as they are
-    return (1 - masking.sparsity) * keys / block >= ROOM * (masking.sinks + 2)
+    return (1 - masking.sparsity) * keys / block >= masking.sinks + 2
 
 
 def _sinks(site: SiteObservation, sinks: int) -> Tensor | None:

@@ -75,7 +75,7 @@ class Masking:
     """Leading key blocks that every query keeps."""
     last: str = "auto"
     """Whether in encoders and cross-attention every query also keeps its sequence's last key block: always, never, or
-    auto, where the sinks, it and the diagonal take two thirds of what a query keeps, or less."""
+    auto, where the sinks, it and the diagonal fit into what a query keeps."""
     band: int | None = None
     """Blocks up to the diagonal that stay (and behind it where keys there count); by default three quarters of what the
     sparsity leaves an average row besides the sinks, and half of it in cross-attention; but 1 (none in cross-attention)
