@@ -139,6 +139,8 @@ class Group:
         made = partial(make_plan, self.observation, sites=self.sites, extend="diagonal")
         if kind == "dense":
             return made(0.0, kind="toeplitz")
+        last = any(mask.last for mask in made(sparsity, kind="toeplitz").sites.values())
+        made = partial(made, last="always" if last else "never")  # the same for every kind, whatever is tried for it
         base, pool, score = (*kind.split(":"), "", "")[:3]
         if base in ("window", "random"):
             like = made(sparsity, kind="toeplitz")
