@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401  # inductor does so in a test, where a warning would break it half-way
 import torch
 
 torch.set_num_threads(min(2, torch.get_num_threads()))

@@ -172,6 +172,7 @@ def test_ctrl_c_half_way(dense, text, here):
     """A real interrupt in the middle of the engine's work, of a program of its own."""
     code = (
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it\n"
         "from secateur.cli import main\n"
         "from secateur.methods.wanda import Wanda\n"
         "score = Wanda.score\n"
