@@ -22,12 +22,11 @@ import torch
 from secateur.attention.apply import attached
 from secateur.attention.baselines import random_plan, window_plan
 from secateur.attention.density import plan_report
-from secateur.attention.observation import Observation, SiteObservation
+from secateur.attention.observation import Observation
 from secateur.attention.observe import observe
 from secateur.attention.plan import Plan
-from secateur.attention.site_mask import SiteMask
 from secateur.attention.sites import find_sites
-from secateur.attention.transfer import mass_recall
+from secateur.attention.transfer import kept_of, mass_recall
 from secateur.data.pairs import Pairs, pair_batches
 from secateur.data.passages import CHARACTERS, passage_batches, passages
 from secateur.data.text import Text, read_text
@@ -277,7 +276,7 @@ def sparsity_on(plan: Plan, observation: Observation, length: int | None = None)
     kept = possible = every = 0.0
     for name, site in observation.at(length).items():
         if (mask := plan.sites.get(name)) is not None:
-            kept += float(_kept_pairs(mask, site, observation.block))
+            kept += float(kept_of("count", mask, site, observation.block).sum())
             possible += float(site.count.sum()) * site.heads
             every += float(site.area.sum()) * site.heads
     if not possible:
@@ -369,15 +368,3 @@ def observe_pairs(
 
 def _block(plan: Plan) -> int:
     return next(iter(plan.sites.values())).block
-
-
-def _kept_pairs(mask: SiteMask, site: SiteObservation, observed: int) -> torch.Tensor:
-    """Over all heads and sequences."""
-    if mask.block % observed:
-        raise UsageError(f"The plan has blocks of {mask.block}, which blocks of {observed} do not divide.")
-    rows, columns = site.count.shape
-    factor = mask.block // observed
-    keep = mask.layout(rows * observed, columns * observed).keep.cpu().expand(site.heads, -1, -1)
-    keep = keep.repeat_interleave(factor, 1).repeat_interleave(factor, 2)[:, :rows, :columns]
-    last = site.last_count if mask.last and site.last_count is not None else torch.zeros_like(site.count)
-    return torch.where(keep, site.count, last).sum()

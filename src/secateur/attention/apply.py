@@ -87,14 +87,14 @@ def attached(model: nn.Module, plan: Plan, backend: str = "auto") -> Iterator[At
             said.backends["dense"] += 1
             return attend(call)
         reason = _irregular(call)
+        own_ends = masked.mask.last and call.key_keep is not None
         if reason is None:
-            own_ends = masked.mask.last and call.key_keep is not None
             return _by_length(call, partial(compute, masked=masked)) if own_ends else compute(call, masked)
         if call.query.shape[2] > 1:
             if backend not in ("auto", "reference"):
                 raise UsageError(f"The backend '{backend}' cannot run {call.site.name}: {reason}. Take 'auto'.")
             said.reasons[reason] += 1
-        elif reason == _DECODED and not (masked.mask.last and call.key_keep is not None):
+        elif reason == _DECODED and not own_ends:
             said.backends["decode"] += 1
             return decode(call, masked.row(call))
         said.backends["entries"] += 1
@@ -174,8 +174,7 @@ class _Masked:
         keys = call.key_positions.clamp(min=0)
         if call.key_keep is not None:  # where padding stands means nothing
             keys = torch.where(call.key_keep, keys, 0)
-        count = None if call.key_keep is None else call.key_keep.sum(1)
-        return _Entries(self.on(call.query.device), call.query_positions.clamp(min=0), keys, count)
+        return _Entries(self.on(call.query.device), call.query_positions.clamp(min=0), keys)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +184,6 @@ class _Entries:
     mask: SiteMask
     queries: Tensor
     keys: Tensor
-    count: Tensor | None
 
     def __call__(self, rows: slice) -> Tensor:
-        return self.mask.allowed(self.queries[:, rows], self.keys, self.count)
+        return self.mask.allowed(self.queries[:, rows], self.keys)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from secateur.attention.density import extents
 from secateur.attention.plan import Plan
-from secateur.attention.site_mask import SiteMask
+from secateur.attention.site_mask import SiteMask, at_ends
 from secateur.attention.sites import Site
 from secateur.masks import check_sparsity, drop_count
 
@@ -87,8 +87,7 @@ def _matched(mask: SiteMask, site: Site, order: Order, queries: int, keys: int, 
     distance = torch.arange(rows)[:, None] - torch.arange(columns)
     possible = distance >= 0 if mask.causal else torch.ones_like(distance, dtype=torch.bool)
     sinks = 0 if mask.sinks is None else int(mask.sinks.any(0).sum())
-    column = torch.arange(columns)
-    ends = (column < (max(1, sinks) if mask.cross else sinks)) | (mask.last & (column == columns - 1))
+    ends = at_ends(columns, max(1, sinks) if mask.cross else sinks, mask.last)
     forced = (ends.expand_as(distance) if mask.cross else (distance == 0) | ends) & possible
     rank = order(distance, site.heads).masked_fill(forced, -1.0).masked_fill(~possible, torch.inf)
     total = site.heads * int(possible.sum())

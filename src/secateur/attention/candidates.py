@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from secateur.attention.observation import SiteObservation
-from secateur.attention.site_mask import SiteMask
+from secateur.attention.site_mask import SiteMask, at_ends
 from secateur.attention.tiles import sum_tiles
 from secateur.errors import UsageError
 
@@ -63,7 +63,8 @@ def candidates(site: SiteObservation, observed: int, block: int, masking: Maskin
     kind = masking.cross or masking.kind if site.family == "decoder-cross" else masking.kind
     factor = block // observed
     groups = site.kv_heads if masking.share == "kv_group" else site.heads
-    grid = _Grid.of(site, 1 if masking.rule == "any" else factor, groups, block, masking)
+    last = _keeps_last(site, block, masking)
+    grid = _Grid.of(site, 1 if masking.rule == "any" else factor, groups, masking.score, last)
     if masking.rule == "any":
         return _entries(site, grid, block, factor, masking)
     if kind == "absolute":
@@ -87,8 +88,8 @@ class _Grid:
     last: bool
 
     @classmethod
-    def of(cls, site: SiteObservation, factor: int, groups: int, block: int, masking: Masking) -> _Grid:
-        name, last = {"mean": "mass"}.get(masking.score, masking.score), _keeps_last(site, block, masking)
+    def of(cls, site: SiteObservation, factor: int, groups: int, score: str, last: bool) -> _Grid:
+        name = "mass" if score == "mean" else score
         summed, scored = getattr(site, name), site.count
         if summed is None:
             raise UsageError(f"The score 'loss' needs gradients, and {site.name} has none: observe with --gradients.")
@@ -120,8 +121,7 @@ class _Grid:
 
     def at_ends(self, sinks: int) -> Tensor:
         """Bool (columns,): the sinks, and the last column where that stays."""
-        column = torch.arange(self.count.shape[1], device=self.count.device)
-        return (column < sinks) | (self.last & (column == len(column) - 1))
+        return at_ends(self.count.shape[1], sinks, self.last, self.count.device)
 
     def distances(self) -> Tensor:
         rows, columns = self.count.shape

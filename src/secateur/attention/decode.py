@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .definition import masked, pack, visible
 from .hooks import AttentionCall
-from .site_mask import SiteMask
+from .site_mask import SiteMask, at_ends
 
 WORTH = 0.4  # above this share of kept blocks, reading all of them where they lie is faster than gathering
 
@@ -39,8 +39,7 @@ def row_of(call: AttentionCall, mask: SiteMask, last: Row | None = None) -> Row:
         return last
     device = call.key.device
     kept = mask.blocks(torch.tensor([place[0]], device=device), torch.arange(place[1], device=device))[:, 0]
-    if mask.last:
-        kept = kept | (torch.arange(place[1], device=device) == place[1] - 1)
+    kept = kept | at_ends(place[1], 0, mask.last, device)
     kept = kept.expand(call.query.shape[1], -1).reshape(groups, -1, place[1])
     union = kept.any(1)
     most = int(union.sum(1).max())

@@ -205,35 +205,31 @@ class _Sums:
     def add(self, tiles: Tiles) -> None:
         square = tiles.mass.square() / tiles.count.clamp(min=1)
         self._add({**vars(tiles), "square": square}, *tiles.count.shape)
-        self._add_last({"mass": tiles.mass, "square": square, "count": tiles.count})
+        self._add_last(mass=tiles.mass, square=square, count=tiles.count)
         self.sequences += 1
 
     def add_loss(self, tiles: Tensor) -> None:
         self._add({"loss": tiles}, *tiles.shape[1:])
-        self._add_last({"loss": tiles})
+        self._add_last(loss=tiles)
 
-    def _add_last(self, parts: Mapping[str, Tensor]) -> None:
-        if self.causal:
-            return
-        for name, seen in parts.items():
-            only = torch.zeros_like(seen)
-            only[..., -1] = seen[..., -1]
-            self._add({f"last_{name}": only}, *seen.shape[-2:])
+    def _add_last(self, **parts: Tensor) -> None:
+        if not self.causal:
+            rows, columns = next(iter(parts.values())).shape[-2:]
+            last = {f"last_{name}": seen[..., -1:] for name, seen in parts.items()}
+            self._add(last, rows, columns, first=columns - 1)
 
-    def _add(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> None:
+    def _add(self, parts: Mapping[str, Tensor], rows: int, columns: int, first: int = 0) -> None:
         for name, seen in parts.items():
             exact = seen.is_floating_point() and self.block > 1  # by entry the sums would take twice the memory
             seen = seen.to("cpu", torch.float64 if exact else seen.dtype)
             total = self.tensors.get(name)
-            if total is None:
-                self.tensors[name] = seen
-                continue
             if name in ("facts", "queries"):
                 at: tuple[Any, ...] = (..., slice(rows), slice(None)) if name == "facts" else (slice(rows),)
-                total = _grown(total, -2 if name == "facts" else -1, rows)
+                total = torch.zeros_like(seen) if total is None else _grown(total, -2 if name == "facts" else -1, rows)
             else:
-                at = (..., slice(rows), slice(columns))
-                total = _grown(_grown(total, -2, rows), -1, columns)
+                at = (..., slice(rows), slice(first, columns))
+                total = seen.new_zeros(*seen.shape[:-1], 0) if total is None else _grown(total, -2, rows)
+                total = _grown(total, -1, columns)
             total[at] += seen
             self.tensors[name] = total
 

@@ -1,4 +1,4 @@
-"""Which blocks of one attention site are kept: a rule of the query's and the key's position, and of nothing else.
+"""Which blocks of one attention site are kept: a rule of the query's and the key's position.
 
 A mask that knew the total length N would decode otherwise with a cache (where N grows) than without. With r and c the
 blocks of a query and a key, counted from position 0, head h keeps
@@ -8,7 +8,8 @@ blocks of a query and a key, counted from position 0, head h keeps
     hybrid     rows[h, r, c] where it reaches, else by distance
 
 and always the blocks marked in `sinks[h, c]`, and one that every query has: its own block (r = c), in cross-attention
-the first key block. A distance that was never observed is dropped. Behind the calibrated length an absolute mask is
+the first key block; with `last` also the block of each sequence's last key, where all keys are known before the first
+query. A distance that was never observed is dropped. Behind the calibrated length an absolute mask is
 an error, unless it was made with `extend="diagonal"`: then later rows keep the distances of the last row.
 """
 
@@ -137,18 +138,16 @@ class SiteMask:
         device = next(iter(self.tensors().values())).device if device is None else device
         rows = torch.arange(offset // self.block, (offset + queries - 1) // self.block + 1, device=device)
         columns = torch.arange(-(-keys // self.block), device=device)
-        keep = self.blocks(rows, columns)
-        if self.last:
-            keep = keep | (columns == columns[-1])
+        keep = self.blocks(rows, columns) | at_ends(len(columns), 0, self.last, device)
         return BlockLayout(keep, self.block, queries, keys, self.causal, offset)
 
-    def allowed(self, query_positions: Tensor, key_positions: Tensor, keys: Tensor | None = None) -> Tensor:
+    def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """Entry by entry, for positions in any order.
 
         Args:
             query_positions: int64 (..., Q).
-            key_positions: int64 (..., K), with the same leading axes, or some that broadcast.
-            keys: int64 (...), how many keys each sequence has; by default as many as the last position says.
+            key_positions: int64 (..., K), with the same leading axes, or some that broadcast; the highest is its
+                sequence's last key.
 
         Returns:
             Bool (..., heads, Q, K).
@@ -165,8 +164,7 @@ class SiteMask:
         )
         kept = table[:, (query - first)[..., :, None], key[..., None, :]].movedim(0, -3)
         if self.last:
-            last = (key_positions.amax(-1) if keys is None else keys - 1) // self.block
-            kept = kept | (key == last[..., None])[..., None, None, :]
+            kept = kept | (key == key.amax(-1, keepdim=True))[..., None, None, :]
         if self.causal:
             kept = kept & (key_positions[..., None, None, :] <= query_positions[..., None, :, None])
         return kept
@@ -209,6 +207,16 @@ class SiteMask:
                     f"for the {what} at position {position}. Calibrate at that length, take another kind, or make the "
                     "plan with extend='diagonal'."
                 )
+
+
+def at_ends(columns: int, sinks: int, last: bool, device: torch.device | str | None = None) -> Tensor:
+    """Bool (columns,): the first blocks of keys, as many as there are sinks, and the last one if that is kept.
+
+    >>> at_ends(4, 1, last=True).tolist()
+    [True, False, False, True]
+    """
+    column = torch.arange(columns, device=device)
+    return (column < sinks) | (last & (column == columns - 1))
 
 
 def _at(marks: Tensor, index: Tensor) -> Tensor:

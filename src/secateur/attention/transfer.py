@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from secateur.attention.observation import Observation, SiteObservation
 from secateur.attention.plan import Plan
-from secateur.attention.site_mask import SiteMask
+from secateur.attention.site_mask import SiteMask, at_ends
 from secateur.errors import UsageError
 
 
@@ -87,31 +87,45 @@ def overlap(one: Plan, other: Plan, length: int, *, keys: int | None = None) -> 
     return _shares(length, found, {name: site.family for name, site in sites.items()})
 
 
-def _recall(mask: SiteMask, site: SiteObservation, observed: int) -> Tensor:
+def kept_of(name: Literal["mass", "count"], mask: SiteMask, site: SiteObservation, observed: int) -> Tensor:
+    """The part of one of a site's sums that falls into kept blocks, tile by tile and head by head.
+
+    Args:
+        name: which sum.
+        mask: of the site.
+        site: as observed, in blocks of `observed` tokens. Where the mask's are larger, a little less of each sequence's
+            last block is counted than is kept.
+
+    Returns:
+        fp64 (heads, rows, columns).
+
+    Raises:
+        UsageError: blocks that do not divide, or an absolute mask that does not reach so far.
+    """
     if mask.block % observed:
         raise UsageError(
             f"The plan has blocks of {mask.block}, which blocks of {observed} do not divide: observe with a block that "
             "divides the plan's."
         )
     rows, columns = site.count.shape
-    layout = mask.layout(rows * observed, columns * observed)
     factor = mask.block // observed
-    keep = layout.keep.cpu().expand(site.heads, -1, -1)
+    keep = mask.layout(rows * observed, columns * observed).keep.cpu().expand(site.heads, -1, -1)
     keep = keep.repeat_interleave(factor, 1).repeat_interleave(factor, 2)[:, :rows, :columns]
+    whole, last = getattr(site, name).double(), getattr(site, f"last_{name}")
+    return torch.where(keep, whole, last.double() if mask.last and last is not None else 0.0)
+
+
+def _recall(mask: SiteMask, site: SiteObservation, observed: int) -> Tensor:
     mass = site.mass.double()
-    kept = mass * keep
-    if mask.last and site.last_mass is not None:
-        kept = torch.where(keep, mass, site.last_mass.double())
+    kept = kept_of("mass", mask, site, observed)
     return kept.sum((1, 2)) / mass.sum((1, 2)).clamp(min=torch.finfo(mass.dtype).tiny)
 
 
 def _always(masks: Sequence[SiteMask], rows: int, columns: int) -> Tensor:
     """Bool (rows, columns): the diagonal or the first keys, and the sinks and last keys that both plans have."""
-    column = torch.arange(columns)
-    own = column == 0 if masks[0].cross else torch.arange(rows)[:, None] == column
+    own = at_ends(columns, 1, last=False) if masks[0].cross else torch.eye(rows, columns, dtype=torch.bool)
     sinks = min(0 if mask.sinks is None else int(mask.sinks.all(0).sum()) for mask in masks)
-    last = masks[0].last and masks[1].last
-    return own | (column < sinks) | (last & (column == columns - 1))
+    return own | at_ends(columns, sinks, masks[0].last and masks[1].last)
 
 
 def _shares(length: int, found: dict[str, Tensor], families: dict[str, str]) -> Shares:
