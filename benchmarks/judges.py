@@ -102,10 +102,11 @@ def main() -> None:
             fitted = fit(states, truth)
         if title == "XSTest" and not options.quick:
             x = matrix(rows)
-            found["jailbreak, nothing of it trained on"] = measured(truth, on_xstest(fitted, rows), rows)
             for by in ("model", "group"):
-                called = "family" if by == "group" else by
-                found[f"classifier, unseen {called} and prompt"] = measured(truth, unseen(x, rows, by) >= 0.5, rows)
+                called, p = "family" if by == "group" else by, unseen(x, rows, by)
+                found[f"classifier, unseen {called} and prompt"] = measured(truth, p >= 0.5, rows)
+                if by == "model":
+                    found["jailbreak, nothing of it trained on"] = measured(truth, on_xstest(fitted, rows, p), rows)
         show(console, title, found)
         results[title] = found
     console.print(f"written to {store('judges', results)}")

@@ -10,25 +10,19 @@ two cores. Needs the extra `safety` (scikit-learn).
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-from judge_data import Labelled, folder, hashes, jailbreakbench, xstest
+from judge_data import Labelled, hashes, jailbreakbench, xstest
 from numpy.typing import NDArray
-from safetensors.numpy import save
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import cohen_kappa_score
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
-from train_judge import folds, unseen
+from train_judge import accuracy, agreement, asked, folds, unseen, write
 from train_judge import matrix as words_of
 
-from secateur.cache import scratch_beside
 from secateur.safety.judges import Item
 from secateur.safety.judges.classifier import Classifier
 from secateur.safety.judges.jailbreak import SHIPPED, log_odds
@@ -85,10 +79,9 @@ def left_out(x: NDArray[np.float64], rows: Sequence[Labelled], what: str) -> NDA
     return found
 
 
-def on_xstest(model: Pipeline, rows: Sequence[Labelled]) -> NDArray[np.bool_]:
+def on_xstest(model: Pipeline, rows: Sequence[Labelled], p: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Refused or failed, of all of XSTest, as the judge works: harmful requests by these weights, which saw none of
-    XSTest, all others by a classifier of the wording that saw neither their model nor their request."""
-    p = unseen(words_of(rows), rows, "model")
+    XSTest, all others by p: P(refusal) by a classifier of wording that saw neither their model nor their request."""
     found = p >= 0.5
     harmful = np.array([row.harmful for row in rows])
     wording = log_odds([Verdict("refusal", "", chance) for chance in p[harmful].tolist()])
@@ -97,27 +90,18 @@ def on_xstest(model: Pipeline, rows: Sequence[Labelled]) -> NDArray[np.bool_]:
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    words.add_argument("--data", help="the folder of the safety data")
-    words.add_argument("--out", type=Path, default=SHIPPED)
-    options = words.parse_args()
-    data = folder(options.data)
+    data, out = asked(__doc__, SHIPPED)
     rows, people = jailbreakbench(data), xstest(data)
     x, failed = both(rows), np.array([row.refused for row in rows])
     measured = {}
     for what in LEFT_OUT:
         for called, p in zip(("", f", first {WORDS} words"), left_out(x, rows, what), strict=True):
-            accuracy = round(float(((p >= 0.5) == failed).mean()), 4)
-            measured[f"jailbreakbench, unseen {what}{called}"] = {"n": len(rows), "accuracy": accuracy}
+            measured[f"jailbreakbench, unseen {what}{called}"] = accuracy(failed, p >= 0.5)
     model = fit(x, failed)
     refused, harmful = (np.array([getattr(row, name) for row in people]) for name in ("refused", "harmful"))
-    says = on_xstest(model, people)
+    says = on_xstest(model, people, unseen(words_of(people), people, "model"))
     for called, here in (("all", np.ones_like(harmful)), ("harmful requests", harmful)):
-        measured[f"xstest, nothing of it trained on, {called}"] = {
-            "n": int(here.sum()),
-            "kappa": round(float(cohen_kappa_score(refused[here], says[here])), 4),
-            "accuracy": round(float((refused == says)[here].mean()), 4),
-        }
+        measured[f"xstest, nothing of it trained on, {called}"] = agreement(refused[here], says[here])
     scaler, regression = model[0], model[1]
     slopes = regression.coef_[0] / scaler.scale_
     tensors = {
@@ -136,13 +120,7 @@ def main() -> None:
         "files": hashes(data),
         "measured": measured,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_beside(options.out) as scratch:
-        (scratch / "weights").write_bytes(save(tensors))
-        (scratch / "card").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-        (scratch / "card").replace(options.out.with_suffix(".json"))
-        (scratch / "weights").replace(options.out)
-    print(json.dumps(measured, indent=1))
+    write(out, tensors, card)
 
 
 if __name__ == "__main__":

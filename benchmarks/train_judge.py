@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,26 +63,47 @@ def unseen(x: csr_matrix, rows: Sequence[Labelled], by: str) -> NDArray[np.float
     return found
 
 
-def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def asked(about: str, shipped: Path) -> tuple[Path, Path]:
+    """The folder of the data, and where the weights go."""
+    words = argparse.ArgumentParser(description=about.splitlines()[0])
     words.add_argument("--data", help="the folder of the safety data")
-    words.add_argument("--out", type=Path, default=SHIPPED)
+    words.add_argument("--out", type=Path, default=shipped)
     options = words.parse_args()
-    data = folder(options.data)
+    return folder(options.data), options.out
+
+
+def agreement(truth: NDArray[np.bool_], says: NDArray[np.bool_]) -> dict[str, float]:
+    """As cards have it."""
+    return {"n": len(truth), "kappa": round(float(cohen_kappa_score(truth, says)), 4)} | accuracy(truth, says)
+
+
+def accuracy(truth: NDArray[np.bool_], says: NDArray[np.bool_]) -> dict[str, float]:
+    """The same without kappa, for labels that mean something else than the judge says."""
+    return {"n": len(truth), "accuracy": round(float((truth == says).mean()), 4)}
+
+
+def write(out: Path, tensors: Mapping[str, NDArray[np.floating]], card: Mapping[str, object]) -> None:
+    """The weights and their card beside them, each whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_beside(out) as scratch:
+        (scratch / "weights").write_bytes(save(dict(tensors)))
+        (scratch / "card").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        (scratch / "card").replace(out.with_suffix(".json"))
+        (scratch / "weights").replace(out)
+    print(json.dumps(card["measured"], indent=1))
+
+
+def main() -> None:
+    data, out = asked(__doc__, SHIPPED)
     rows, others = xstest(data), jailbreakbench(data)
     x, refused = matrix(rows), np.array([row.refused for row in rows])
     measured = {}
     for by, called in (("model", "unseen model and prompt"), ("group", "unseen family and prompt")):
         guess = unseen(x, rows, by) >= 0.5
-        measured[f"xstest, {called}"] = {
-            "n": len(rows),
-            "kappa": round(float(cohen_kappa_score(refused, guess)), 4),
-            "accuracy": round(float((guess == refused).mean()), 4),
-        }
+        measured[f"xstest, {called}"] = agreement(refused, guess)
     model = fit(x, refused)
     theirs = np.array([row.refused for row in others])
-    right = model.predict(matrix(others)) == theirs
-    measured["jailbreakbench, nothing of it trained on"] = {"n": len(others), "accuracy": round(float(right.mean()), 4)}
+    measured["jailbreakbench, nothing of it trained on"] = accuracy(theirs, model.predict(matrix(others)))
     coefficients = model.coef_[0]
     tensors = {
         "phrases": coefficients[: reading.PLACES].astype(np.float16),
@@ -99,13 +120,7 @@ def main() -> None:
         "files": hashes(data),
         "measured": measured,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_beside(options.out) as scratch:
-        (scratch / "weights").write_bytes(save(tensors))
-        (scratch / "card").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-        (scratch / "card").replace(options.out.with_suffix(".json"))
-        (scratch / "weights").replace(options.out)
-    print(json.dumps(measured, indent=1))
+    write(out, tensors, card)
 
 
 if __name__ == "__main__":

@@ -49,10 +49,9 @@ class States:
                 found[i] = state.numpy()
         return found
 
-    def load(self) -> States:
-        """Load SmolLM2 now, so that its absence is told of now."""
+    def load(self) -> None:
+        """Load SmolLM2, which otherwise the first answers do."""
         _ = self._loaded
-        return self
 
     def _run(self, batch: Sequence[tuple[list[int], int]]) -> list[torch.Tensor]:
         body = self._loaded[0]
