@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import MarianConfig, MarianMTModel
 
+from secateur.data.pairs import read_pairs
 from secateur.errors import LoadFailure, ModelNotSupported
 from secateur.models.ctranslate2 import NEVER, convert, read_variables
 from secateur.models.load import load
@@ -163,6 +164,16 @@ def test_it_comes_back_and_generates_the_same(package: Any, model: MarianMTModel
     assert tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True) == "the cat sat ."
 
 
+def test_translations_are_cut_by_the_vocabulary(package: Any, pieces: tuple[bytes, list[str]], tmp_path: Path) -> None:
+    """The package's own pieces are of the source language; the words of the other one are whole in the vocabulary."""
+    (folder := tmp_path / "out").mkdir()
+    convert(package(vocabulary=json.dumps([*pieces[1][:-1], "\u2581born"]).encode()), folder)
+    tokenizer = load(folder)[1]
+    ours = tokenizer.convert_ids_to_tokens(tokenizer(text_target="the cat born")["input_ids"])
+    assert ours == ["\u2581the", "\u2581cat", "\u2581born", "</s>"]
+    assert "\u2581born" not in tokenizer.convert_ids_to_tokens(tokenizer("the cat born")["input_ids"])
+
+
 def test_an_unquantised_file_is_read_too(package: Any, model: MarianMTModel, tmp_path: Path) -> None:
     variables, same = variables_of(model)
     plain = {}
@@ -183,6 +194,7 @@ def test_an_unquantised_file_is_read_too(package: Any, model: MarianMTModel, tmp
         ({"model.bin": b""}, LoadFailure, "cut off or damaged"),
         ({"model.bin": write({}, {})}, ModelNotSupported, "not built like Marian's"),
         ({"sentencepiece": None}, LoadFailure, "lacks sentencepiece.model"),
+        ({"sentencepiece": b"\x0a"}, LoadFailure, "sentencepiece.model is no SentencePiece model: byte 1"),
         ({"vocabulary": b"[]"}, LoadFailure, "does not start with '</s>'"),
         ({"vocabulary": b'["</s>", "a"]'}, LoadFailure, "its vocabulary has 2"),
         ({"metadata": b"{"}, LoadFailure, "cannot be read as an Argos package"),
@@ -234,3 +246,18 @@ def test_the_real_model_translates() -> None:
     expected = (("world",), ("book", "history", "Beijing"), ("like", "rain"), ("tomorrow", "park"))
     for answer, words in zip(answers, expected, strict=True):
         assert all(word in answer for word in words), answer
+
+
+@pytest.mark.real
+def test_the_real_model_reads_english_as_it_writes_it(shared_data: Path) -> None:
+    """Its own translations, written piece by piece, come back as the same pieces."""
+    pairs = read_pairs(shared_data / "mt" / "tatoeba_en_zh.jsonl", limit=48, seed=3)
+    model, tokenizer = load("opus-mt-zh-en", dtype="float32")
+    batch = tokenizer(list(pairs.sources), return_tensors="pt", padding=True)
+    with torch.no_grad():
+        written = model.generate(**batch, num_beams=1, max_new_tokens=60)
+    special = {0, model.config.pad_token_id}
+    written = [[i for i in row if i not in special] for row in written.tolist()]
+    read = tokenizer(text_target=[tokenizer.decode(row) for row in written])["input_ids"]
+    same = sum(ours[:-1] == theirs for ours, theirs in zip(read, written, strict=True))
+    assert same >= 46

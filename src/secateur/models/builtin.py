@@ -152,7 +152,7 @@ class MarianInSdist(BuiltIn):
     asks_hub: ClassVar[bool] = False
 
     def place(self) -> Path:
-        return cache_folder() / "models" / f"marian-{self.sha256[:16]}-v1"
+        return cache_folder() / "models" / f"marian-{self.sha256[:16]}-v2"
 
     def origin(self) -> str:
         return (

@@ -1,7 +1,8 @@
 """A Marian translation model in CTranslate2's binary form -> an ordinary Hugging Face folder.
 
 OPUS-MT models are handed round as Argos packages: a zip with `model/model.bin` (CTranslate2, int8), the vocabulary as
-a JSON list and one SentencePiece model for both sides. The file format, version 6, little endian:
+a JSON list and the SentencePiece model of the source language; the target's is rebuilt (pieces.py). The file format,
+version 6, little endian:
 
     u32 version, string specification, u32 revision, u32 number of variables
     each variable: string name, u8 rank, u32 x rank, u8 kind, u32 bytes, data
@@ -31,6 +32,7 @@ from torch import Tensor
 from ..errors import LoadFailure, ModelNotSupported
 from ..progress import Progress, silent
 from .fetch import one_line, quiet_transformers
+from .pieces import unigram_model
 
 VERSION = 6
 KINDS = {0: "<f4", 1: "<i1", 2: "<i2", 3: "<i4", 4: "<f2"}
@@ -197,6 +199,10 @@ def convert(package: Path, folder: Path, *, progress: Progress = silent) -> None
         ModelNotSupported: as `marian_config`; or positions that are not those of the paper.
     """
     data, tokens, pieces, languages = _contents(package)
+    try:
+        target = unigram_model(tokens, pieces)
+    except ValueError as error:
+        raise LoadFailure(f"{package}: sentencepiece.model is {error}.") from error
     variables = read_variables(data, f"{package.name}: model.bin")
     config = marian_config(variables, len(tokens))
     state = {}
@@ -215,8 +221,8 @@ def convert(package: Path, folder: Path, *, progress: Progress = silent) -> None
         model.save_pretrained(folder)
     vocabulary = {token: i for i, token in enumerate([*tokens, "<pad>"])}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    for side in ("source", "target"):
-        (folder / f"{side}.spm").write_bytes(pieces)
+    (folder / "source.spm").write_bytes(pieces)
+    (folder / "target.spm").write_bytes(target)
     about = {"tokenizer_class": "MarianTokenizer", "model_max_length": 512, **languages}
     special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     (folder / "tokenizer_config.json").write_text(json.dumps({**about, **special}, indent=2), encoding="utf-8")
