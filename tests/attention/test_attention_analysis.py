@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,6 +75,37 @@ def test_extremes():
     assert itself.concentration_99 == pytest.approx([1 / n]) and itself.monotone is None
     assert cross.monotone == [1.0] and cross.alignment == pytest.approx([1.0]) and cross.ordinal == 0
     assert back.monotone == [0.0] and back.alignment == pytest.approx([-1.0]) and back.ordinal == 1
+
+
+def test_a_path_counts_queries_and_no_last_keys():
+    """Of sentences that end early: the numbers are of the words alone, and late rows weigh as often as they occur."""
+    draw = np.random.default_rng(0)
+    sizes = [(3, 4), (5, 7), (6, 6), (2, 7)]
+    attention = [draw.dirichlet(np.ones(keys), queries) for queries, keys in sizes]
+    mass, last, count, ends = (np.zeros((6, 7)) for _ in range(4))
+    queries = np.zeros(6, int)
+    for weights in attention:
+        rows, keys = weights.shape
+        mass[:rows, :keys] += weights
+        count[:rows, :keys] += 1
+        last[:rows, keys - 1] += weights[:, -1]
+        ends[:rows, keys - 1] += 1
+        queries[:rows] += 1
+    flat = torch.full((1, 6, 7), 0.0)
+    site = seen("cross", "decoder-cross", torch.eye(6, 7).expand(2, 1, 6, 7), torch.ones(6, 7, dtype=torch.bool), 1)
+    site = replace(
+        site, mass=flat + torch.tensor(mass).float(), last_mass=flat + torch.tensor(last).float(),
+        count=torch.tensor(count).long(), last_count=torch.tensor(ends).long(), queries=torch.tensor(queries),
+        sequences=4,
+    )  # fmt: skip
+    found = analyse(observation(site, block=1, length=7)).sites[0]
+    words = (mass - last) / np.maximum(count - ends, 1)
+    best = words.argmax(1)
+    each = np.array([(row, best[row]) for weights in attention for row in range(len(weights))], float)
+    assert found.alignment == pytest.approx([np.corrcoef(each.T)[0, 1]])
+    steps = [best[row] >= best[row - 1] for weights in attention for row in range(1, len(weights))]
+    assert found.monotone == pytest.approx([np.mean(steps)])
+    assert len(set(best)) > 2 and 0 < np.mean(steps) < 1
 
 
 def test_exact_facts_of_a_model_and_means_by_family():

@@ -8,8 +8,9 @@ With P[i, j] the mean attention of a head, m[r, c] that of its tiles (per pair t
     sink, diagonal  share of the mass in the first column of tiles, and in the tiles of the diagonal
     toeplitz        1 - sum n (m - m_d)^2 / sum n (m - mean)^2: variance that the distance d = r - c explains;
                     once over all tiles, once without the first column, which no distance explains
-    monotone        cross-attention: share of steps down the rows at which argmax_c m[r, c] does not go back
-    alignment       cross-attention: correlation of argmax_c m[r, c] with r; 0 if it is constant
+    monotone        cross-attention, the last keys left out: share of queries whose argmax_c m[r, c] does not lie
+                    behind that of the row before
+    alignment       and over queries the correlation of argmax_c m[r, c] with r; 0 if it is constant
     variability     1 - sum n m^2 / sum n E[m^2]: share of the second moment that is variance between inputs, for
                     which no mask that is the same for every input can account
     kept            share of blocks that a plan keeps; their Gini coefficient over heads, 0 for equal budgets
@@ -203,15 +204,20 @@ def _analyse(site: SiteObservation, ordinal: int, kept: Heads | None) -> SiteAna
 
 def _path(site: SiteObservation) -> tuple[Tensor, Tensor]:
     """(heads,) twice: how often the strongest column does not go back, and its correlation with the row."""
-    best = site.mean.argmax(2).double()  # (heads, rows)
-    rows = best.shape[1]
-    if rows < 2:
-        return torch.ones(site.heads), torch.zeros(site.heads)
-    forward = (best.diff(dim=1) >= 0).double().mean(1)
-    row = torch.arange(rows, dtype=torch.float64)
-    apart, ahead = best - best.mean(1, keepdim=True), row - row.mean()
-    spread = apart.square().sum(1).sqrt() * ahead.square().sum().sqrt()
-    return forward, torch.where(spread > 0, (apart * ahead).sum(1) / spread.clamp(min=1e-300), 0.0)
+    mass, count = site.mass, site.count
+    if site.last_mass is not None and site.last_count is not None:
+        mass, count = mass - site.last_mass, count - site.last_count
+    best = (mass / count.clamp(min=1)).argmax(2).double()  # (heads, rows)
+    there = mass.sum(2) > 0
+    weight = (site.queries * there).double()
+    steps = weight[:, 1:] * there[:, :-1]
+    forward = ((best.diff(dim=1) >= 0) * steps).sum(1) / steps.sum(1).clamp(min=1)
+    weight = weight / weight.sum(1, keepdim=True).clamp(min=1)
+    row = torch.arange(weight.shape[1], dtype=torch.float64)
+    apart, ahead = best - (best * weight).sum(1, keepdim=True), row - (row * weight).sum(1, keepdim=True)
+    spread = ((weight * apart.square()).sum(1) * (weight * ahead.square()).sum(1)).sqrt()
+    alignment = torch.where(spread > 1e-12, (weight * apart * ahead).sum(1) / spread.clamp(min=1e-12), 0.0)
+    return torch.where(steps.sum(1) > 0, forward, 1.0), alignment
 
 
 def _shares(plan: Plan, site: SiteObservation, block: int) -> Tensor:
