@@ -125,9 +125,21 @@ def _rows(batch: Batch) -> int:
 
 
 def language_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean cross-entropy of one sequence, as the model itself defines it from labels (-100 does not count)."""
+    """Mean cross-entropy of one sequence, as the model itself defines it from labels (-100 does not count).
+
+    Without `labels` in the batch they are the tokens that it reads, each foretold from those before.
+    """
     device = next(model.parameters()).device
     inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items()}
+    if "labels" not in inputs:
+        inputs["labels"] = _labels(inputs)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    loss: Tensor = model(**inputs).loss
+    return loss
+
+
+def _labels(inputs: Mapping[str, Tensor]) -> Tensor:
     if "decoder_input_ids" in inputs:
         read = inputs["decoder_input_ids"]
         labels = torch.cat([read[:, 1:], torch.full_like(read[:, :1], -100)], dim=1)
@@ -137,12 +149,7 @@ def language_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         labels, mask = inputs["input_ids"].clone(), inputs.get("attention_mask")
         if mask is not None:  # nothing real stands before the first token that could foretell it
             labels[:, 1:] = labels[:, 1:].masked_fill(mask[:, :-1] == 0, -100)
-    if mask is not None:
-        labels = labels.masked_fill(mask == 0, -100)
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        inputs["use_cache"] = False
-    loss: Tensor = model(**inputs, labels=labels).loss
-    return loss
+    return labels if mask is None else labels.masked_fill(mask == 0, -100)
 
 
 @contextmanager

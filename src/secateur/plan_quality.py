@@ -362,8 +362,9 @@ def observe_pairs(
 ) -> Observation:
     """The attention of an encoder-decoder that reads sentences and their translations by people."""
     batches = pair_batches(tokenizer, model, pairs, batch_size=batch_size)
-    inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
-    return observe(model, inputs, block=block, entries=block == 1, gradients=gradients, progress=progress)
+    if not gradients:
+        batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    return observe(model, batches, block=block, entries=block == 1, gradients=gradients, progress=progress)
 
 
 def _block(plan: Plan) -> int:

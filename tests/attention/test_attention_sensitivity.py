@@ -91,6 +91,26 @@ def test_two_texts_and_their_cross_attention():
     assert all(site.loss.shape == site.mass.shape and site.loss.sum() > 0 for site in seen.values())
 
 
+def test_labels_are_what_the_loss_is_of():
+    """With them the last token counts as well, which no decoder_input_ids foretell."""
+    model = make("t5")
+    read, labels = ids(2, 6, seed=1), ids(2, 6, seed=2)
+    labels[1, 4:] = -100
+    batch = {"input_ids": ids(2, 9), "decoder_input_ids": read, "labels": labels}
+
+    def summed_labels(model, batch):
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        return torch.nn.functional.cross_entropy(logits[0], batch["labels"][0], reduction="sum")
+
+    seen = observe(model, [batch], block=2, gradients=True).at()
+    rows = [naive(model, {name: value[i : i + 1] for name, value in batch.items()}, 2, summed_labels) for i in (0, 1)]
+    for name, site in seen.items():
+        expected = rows[0][name] + rows[1][name]
+        torch.testing.assert_close(site.loss.double(), expected, rtol=1e-3, atol=1e-6 * float(expected.max()))
+    without = observe(model, [{name: batch[name] for name in batch if name != "labels"}], block=2, gradients=True).at()
+    assert all(not torch.allclose(site.loss, without[name].loss) for name, site in seen.items())
+
+
 def test_a_model_without_a_head_is_asked_for_its_states(tmp_path):
     import transformers
 

@@ -73,8 +73,8 @@ def objective(model: Any, batch: Mapping[str, Tensor], seed: int) -> Tensor:
     """
     if "labels" in inspect.signature(model.forward).parameters:
         read = "decoder_" if "decoder_input_ids" in batch else ""
-        mask = batch.get(f"{read}attention_mask")
-        count = batch[f"{read}input_ids"].numel() if mask is None else int(mask.sum())
+        real = batch["labels"] != -100 if "labels" in batch else batch.get(f"{read}attention_mask")
+        count = batch[f"{read}input_ids"].numel() if real is None else int(real.sum())
         loss = language_loss(model, batch) * count
     else:
         device = next(model.parameters()).device
