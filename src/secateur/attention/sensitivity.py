@@ -1,12 +1,13 @@
 """How much what a model says depends on each tile of its attention: a score that mean attention cannot give.
 
-    D[i, j] = dL / ds[i, j] = P[i, j] (g_i . v_j - g_i . o_i)        s: scores, P = softmax(s), o = P v, g_i = dL / do_i
-    F[r, c] = sum over i in block r of (sum over j in block c of D[i, j])^2
+    m[i, c] = sum over j in block c of P[i, j]                            P = softmax(s), o = P v, g_i = dL / do_i
+    E[i, c] = sum over j in block c of P[i, j] (g_i . v_j - g_i . o_i) / (1 - m[i, c])
+    F[r, c] = sum over i in block r of E[i, c]^2
 
-Closing a tile takes its mass from a query and gives it to the others; to first order the loss changes by the row sums
-of D there. Their squares, summed over queries and texts, are the diagonal of the Fisher information of closing it, as
-in Optimal Brain Damage and what followed it. Unlike a mass it has one unit in all layers, so that all heads of a model
-can share one budget.
+Closing a tile takes its mass from a query and gives it to the others, which moves o_i by (m o_i - sum P v) / (1 - m):
+that is exact, and to first order in o the loss falls by E. The squares, summed over queries and texts, are the diagonal
+of the Fisher information of closing it, as in Optimal Brain Damage and what followed it. Unlike a mass it has one unit
+in all layers, so that all heads of a model can share one budget.
 
 L is the language-model loss of one sequence; for a model without a head, what it says is its hidden states, and L their
 product with fixed noise, whose squared gradient is on average the squared change of the states.
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 from secateur.attention.tiles import LOW, blocks, chunks, scores_of, sum_columns, sum_rows
 from secateur.errors import NumericalFailure, UsageError
 from secateur.gradients import language_loss
+
+LEAST = 1e-4  # of the mass beside a tile: with less, what it is divided by and what is divided are rounding
 
 
 def sensitivity_tiles(
@@ -48,8 +51,8 @@ def sensitivity_tiles(
     >>> q = torch.zeros(1, 2, 1)
     >>> v = torch.tensor([[[0.0], [2.0]]])
     >>> sensitivity_tiles(q, q, v, torch.ones(1, 2, 1), 1.0, 1, allowed=lambda rows: torch.ones(2, 2).tril()[rows] > 0)
-    tensor([[[0.0000, 0.0000],
-             [0.2500, 0.2500]]])
+    tensor([[[0., 0.],
+             [1., 1.]]])
     """
     found = query.new_zeros(
         query.shape[0], blocks(query.shape[1], block), blocks(key.shape[1], block), dtype=torch.float32
@@ -60,7 +63,8 @@ def sensitivity_tiles(
             weights = scores.masked_fill_(~mask, LOW).softmax(-1).mul_(mask)  # a query without a key has no weights
             along = gradient[heads, part].float() @ value[own, :end].float().mT
             change = weights * (along - (weights * along).sum(-1, keepdim=True))
-            found[heads, at, : blocks(end, block)] = sum_rows(sum_columns(change, block).square(), block)
+            rest = (1 - sum_columns(weights, block)).clamp(min=LEAST)
+            found[heads, at, : blocks(end, block)] = sum_rows((sum_columns(change, block) / rest).square(), block)
     return found
 
 
