@@ -46,8 +46,7 @@ from secateur.models.load import load, resolve
 from secateur.plan_quality import HeldOut, at_sparsity, observe_pairs, sparsity_on
 from secateur.recovery.options import Recovery
 
-KINDS = ("toeplitz", "hybrid", "absolute", "window", "random")
-POOLED = ("hybrid:model", "absolute:model")  # one threshold for all heads of the model; not of smollm2, where it costs
+KINDS = ("toeplitz:stack:loss", "absolute:stack:loss", "toeplitz", "absolute", "window", "random")
 SITES = {
     "all": ("encoder-self", "decoder-self", "cross"), "encoder-self": ("encoder-self",),
     "decoder-self": ("decoder-self",), "cross": ("cross",),
@@ -76,8 +75,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
     groups += [("minilm", str(options.encoder_length)), *(("opus-mt-zh-en", what) for what in SITES)]
     for model, what in groups:
         found.append(Case(model, what, 0.0, "dense"))
-        kinds = options.kinds if model == "smollm2" else dict.fromkeys([*options.kinds, *options.pooled])
-        found += [Case(model, what, share, kind) for share in options.sparsities for kind in kinds]
+        found += [Case(model, what, share, kind) for share in options.sparsities for kind in options.kinds]
     for model, what in (groups[0], ("minilm", str(options.encoder_length)), ("opus-mt-zh-en", "all")):
         found += [Case(model, what, share, kind, True) for share in options.train_at for kind in options.train_kinds]
         found += [Case(model, what, 0.0, "dense", True)] * bool(options.train_at)
@@ -121,16 +119,17 @@ class Group:
     def observation(self) -> Observation:
         """Of text that is not measured."""
         progress, samples = self.progress, self.options.samples
+        by_loss = any(kind.endswith(":loss") for kind in (*self.options.kinds, *self.options.train_kinds))
+        how: dict[str, Any] = {"block": self.block, "gradients": by_loss, "progress": progress}
         if self.pairs:
-            return observe_pairs(self.model, self.tokenizer, self.sentences[0], batch_size=self.size, progress=progress)
+            return observe_pairs(self.model, self.tokenizer, self.sentences[0], batch_size=self.size, **how)
         if self.encoder:
             text = read_text("gutenberg", "calibration")
             words = passages(text, CHARACTERS * self.length, 4 * samples)
             batches = passage_batches(self.tokenizer, words, self.length, self.size)
-            return observe(self.model, batches, block=self.block, entries=self.block == 1, progress=progress)
+            return observe(self.model, batches, entries=self.block == 1, **how)
         drawn = calibration(self.tokenizer, "gutenberg", n=samples, seqlen=self.length, model=self.model)
-        by_loss = any(kind.endswith(":loss") for kind in self.options.kinds)
-        return observe(self.model, drawn, block=self.block, gradients=by_loss, progress=progress)
+        return observe(self.model, drawn, **how)
 
     def plan(self, kind: str, sparsity: float) -> Plan:
         """Of this effective sparsity on the measured data."""
@@ -202,6 +201,7 @@ class Bench:
         self.rows: list[dict[str, Any]] = record["rows"] if same and record else []
         self.loaded: tuple[str, Any, Any] | None = None
         self.group: tuple[tuple[str, str], Group] | None = None
+        self.seen: dict[str, dict[str, Any]] = {}
         self.progress: Any = None
 
     def find(self, case: Case) -> dict[str, Any] | None:
@@ -224,6 +224,10 @@ class Bench:
                 self.loaded = (case.model, *load(resolve(case.model), dtype=self.options.dtype))
             self.options.model = case.model
             made = Group(self.loaded[1], self.loaded[2], case.what, self.options, self.progress)
+            if made.pairs:  # all of its groups are of the same sentences
+                made.__dict__.update(
+                    self.seen.setdefault(case.model, {"held": made.held, "observation": made.observation})
+                )
             self.group = ((case.model, case.what), made)
         return self.group[1]
 
@@ -275,11 +279,10 @@ def main() -> None:
         "--kinds",
         nargs="+",
         default=list(KINDS),
-        help="of masks, as toeplitz, toeplitz:POOL or toeplitz:POOL:loss (smollm2)",
+        help="of masks, as toeplitz, toeplitz:POOL or toeplitz:POOL:loss",
     )
-    parser.add_argument("--pooled", nargs="*", default=list(POOLED), help="more kinds, of minilm and opus-mt-zh-en")
     parser.add_argument("--train-at", type=float, nargs="*", default=[0.9, 0.75, 0.5])
-    parser.add_argument("--train-kinds", nargs="+", default=["toeplitz", "window", "random"])
+    parser.add_argument("--train-kinds", nargs="+", default=["toeplitz:stack:loss", "window", "random"])
     parser.add_argument("--steps", type=int, default=100, help="of training")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--rank", type=int, default=8)

@@ -226,17 +226,18 @@ def test_what_no_sequence_reached_stays_and_what_may_never_meet_does_not_count()
     assert int(keep.sum()) - 2 == 2 * 14 - 14
 
 
-def test_cross_attention_keeps_its_first_keys_and_a_band_and_goes_on():
+def test_cross_attention_keeps_its_first_keys_and_goes_on():
     found, allowed = maps(4, 12, 20, causal=False)
     own, may = maps(4, 12, 12, causal=True)
     given = observation(
         seen("self", "decoder-self", own, may, 4), seen("cross", "decoder-cross", found, allowed, 4), block=4, length=20
     )
-    plan = make_plan(given, 0.4, cross="absolute")
+    plan = make_plan(given, 0.4)
     cross = plan.sites["cross"]
     assert cross.kind == "absolute" and cross.cross and cross.rows[:, :, 0].all() and int(cross.rows.sum()) == 60 - 24
-    assert cross.rows[:, range(3), range(3)].all()  # half of the two blocks a row that the first column leaves
-    assert make_plan(given, 0.4).sites["cross"].kind == "toeplitz"
+    assert not cross.rows[:, range(3), range(3)].all()
+    assert make_plan(given, 0.4, band=1).sites["cross"].rows[:, range(3), range(3)].all()
+    assert make_plan(given, 0.4, cross="toeplitz").sites["cross"].kind == "toeplitz"
     assert plan.sites["self"].kind == "toeplitz"
     assert cross.layout(40, 40).keep.any(-1).all()
     only = make_plan(given, 0.4, sites=("cross",), cross="toeplitz")
@@ -281,7 +282,7 @@ def test_from_a_model_to_a_file_and_back(kind, tmp_path):
         ({"rule": "every"}, UnknownName, "Known: any, mass"),
         ({"sites": ("decoder",)}, UnknownName, "decoder-self"),
         ({"share": "layer"}, UnknownName, "kv_group"),
-        ({"score": "max"}, UnknownName, "Known: loss, mean, square"),
+        ({"score": "max"}, UnknownName, "Known: auto, loss, mean, square"),
         ({"sinks": -1}, InvalidParameter, "'sinks'"),
         ({"band": 0}, InvalidParameter, "'band'"),
         ({"block": 6}, InvalidParameter, "a multiple of the 4 tokens"),

@@ -151,6 +151,23 @@ def test_masks_by_loss_keep_what_the_loss_depends_on():
     assert plan.record["masking"]["score"] == "loss"
 
 
+def test_the_score_is_the_loss_where_it_was_observed():
+    model, tokens = make("llama"), ids(3, 16)
+    plain, seen = (observe(model, tokens, block=2, gradients=wanted) for wanted in (False, True))
+
+    def made(given, **options):
+        plan = make_plan(given, 0.5, **options)
+        chosen = plan.record["masking"]
+        return {name: mask.layout(16, 16).keep for name, mask in plan.sites.items()}, chosen["score"], chosen["pool"]
+
+    for given, score, pool in ((plain, "mean", "layer"), (seen, "loss", "stack")):
+        ours, theirs = made(given), made(given, score=score, pool=pool)
+        assert ours[1:] == theirs[1:] == (score, pool)
+        assert all(torch.equal(keep, theirs[0][name]) for name, keep in ours[0].items())
+    assert made(seen, score="mean")[1:] == ("mean", "layer") and made(seen, pool="head")[1:] == ("loss", "head")
+    assert made(seen, kind="absolute", population="paper")[1:] == ("mean", "layer")
+
+
 def test_masks_by_loss_need_gradients():
     seen = observe(make("llama"), ids(2, 16), block=4)
     with pytest.raises(UsageError, match="observe with --gradients"):

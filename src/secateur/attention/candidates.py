@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from secateur.attention.masking import Masking
 
 LOCAL = 0.75  # of a row's budget: on SmolLM2 the band is worth more than what the mean attention ranks before it
-CROSS_LOCAL = 0.5  # between languages: without a band no head looks at some words of a sentence, and they stay unsaid
 
 
 @dataclass(eq=False)
@@ -60,7 +59,7 @@ def candidates(site: SiteObservation, observed: int, block: int, masking: Maskin
     Raises:
         UsageError: the observation lacks what the options ask for.
     """
-    kind = masking.cross or masking.kind if site.family == "decoder-cross" else masking.kind
+    kind = masking.cross if site.family == "decoder-cross" else masking.kind
     factor = block // observed
     groups = site.kv_heads if masking.share == "kv_group" else site.heads
     last = _keeps_last(site, block, masking)
@@ -130,14 +129,16 @@ class _Grid:
 
 
 def _band(site: SiteObservation, grid: _Grid, masking: Masking) -> int:
-    cross = site.family == "decoder-cross"
-    least = 0 if cross else 1  # of cross-attention the first column stays in its place
-    if masking.band is not None or masking.population == "paper" or masking.rule == "any" or masking.score == "loss":
-        return masking.band or least
+    if masking.band is not None:
+        return masking.band
+    if site.family == "decoder-cross":
+        return 0  # the first column stays in the diagonal's place
+    if masking.population == "paper" or masking.rule == "any" or masking.score == "loss":
+        return 1
     rows = grid.count.shape[0]
     sinks = int((grid.possible & grid.at_ends(masking.sinks)).sum())
-    width = (CROSS_LOCAL if cross else LOCAL) * ((1 - masking.sparsity) * int(grid.possible.sum()) - sinks) / rows
-    return max(least, round(width if site.causal else (width + 1) / 2))
+    width = LOCAL * ((1 - masking.sparsity) * int(grid.possible.sum()) - sinks) / rows
+    return max(1, round(width if site.causal else (width + 1) / 2))
 
 
 def _always(site: SiteObservation, grid: _Grid, sinks: int, band: int) -> Tensor:

@@ -15,8 +15,8 @@ Source: Rugina et al. 2020, arXiv:2012.02030: the mean attention of a data set, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -30,10 +30,10 @@ from secateur.errors import InvalidParameter, UnknownName, UsageError, check_who
 from secateur.masks import check_sparsity, drop_count
 
 KINDS = ("toeplitz", "hybrid", "absolute")
-POOLS = ("head", "kv_group", "layer", "stack", "model")
+POOLS = ("auto", "head", "kv_group", "layer", "stack", "model")
 POPULATIONS = ("possible", "paper")
 RULES = ("mass", "any")
-SCORES = ("mean", "square", "loss")
+SCORES = ("auto", "mean", "square", "loss")
 LASTS = ("auto", "always", "never")
 FAMILIES = ("encoder-self", "decoder-self", "decoder-cross")
 _SHORT = {"cross": "decoder-cross"}
@@ -43,8 +43,8 @@ _SHORT = {"cross": "decoder-cross"}
 class Masking:
     """How observed attention becomes masks.
 
-    >>> Masking(0.5).pool
-    'layer'
+    >>> Masking(0.5).kind
+    'toeplitz'
     >>> Masking(0.5, kind="toplitz")
     Traceback (most recent call last):
     secateur.errors.UnknownName: There is no kind of attention mask 'toplitz'. Did you mean 'toeplitz'? ...
@@ -55,18 +55,18 @@ class Masking:
     kind: str = "toeplitz"
     """toeplitz: distances of blocks. absolute: single blocks, which end with the observed length. hybrid: single blocks
     in the first rows, distances behind them."""
-    cross: str | None = None
-    """The kind of cross-attention, by default absolute if the kind is, or else toeplitz. An absolute one goes on along
-    the diagonal behind its last row."""
-    pool: str = "layer"
+    cross: str = "absolute"
+    """The kind of cross-attention, whose positions are of two texts. An absolute one goes on along the diagonal behind
+    its last row."""
+    pool: str = "auto"
     """What shares one threshold: a head, kv_group, layer (one attention module), stack (all modules of one kind:
-    encoder-self, decoder-self, decoder-cross), or model."""
+    encoder-self, decoder-self, decoder-cross), or model; auto is stack with score loss and else layer."""
     population: str = "possible"
     """possible: exact counts of what may meet. paper: the percentile over all pairs, those that may not meet too."""
-    score: str = "mean"
+    score: str = "auto"
     """mean: mean attention per pair. square: its mean square over sequences, which also counts where attention only
     sometimes goes; that of the observed tiles, whatever the block. loss: how much the loss depends on a tile, which
-    needs an observation with gradients, and has one unit in all layers: for pool model."""
+    needs an observation with gradients and has one unit in all layers. auto: loss where it was observed, else mean."""
     rule: str = "mass"
     """mass: a block's mean. any: a block stays if one of its entries does; needs entries."""
     block: int | None = None
@@ -78,8 +78,8 @@ class Masking:
     auto, where the sinks, it and the diagonal fit into what a query keeps."""
     band: int | None = None
     """Blocks up to the diagonal that stay (and behind it where keys there count); by default three quarters of what the
-    sparsity leaves an average row besides the sinks, and half of it in cross-attention; but 1 (none in cross-attention)
-    with the paper's percentile, with rule any and with score loss."""
+    sparsity leaves an average row besides the sinks; but 1 with the paper's percentile, with rule any and with score
+    loss, and none in cross-attention."""
     rows: int | None = None
     """hybrid: how many block rows are single blocks, by default a quarter of those observed."""
     sites: tuple[str, ...] = FAMILIES
@@ -91,13 +91,11 @@ class Masking:
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity, "attention masks")
-        if self.cross is None:
-            object.__setattr__(self, "cross", "absolute" if self.kind == "absolute" else "toeplitz")
         words: str | tuple[str, ...] = self.sites
         chosen = tuple(_SHORT.get(word, word) for word in ((words,) if isinstance(words, str) else words))
         object.__setattr__(self, "sites", chosen)
         for kind, value, known in (
-            ("kind of attention mask", self.kind, KINDS), ("kind of attention mask", str(self.cross), KINDS),
+            ("kind of attention mask", self.kind, KINDS), ("kind of attention mask", self.cross, KINDS),
             ("pool", self.pool, POOLS), ("population", self.population, POPULATIONS), ("block rule", self.rule, RULES),
             ("attention score", self.score, SCORES),
             ("value of share", self.share, ("head", "kv_group")),
@@ -122,6 +120,14 @@ class Masking:
     def to_dict(self) -> dict[str, Any]:
         """All options, ready for JSON."""
         return asdict(self) | {"sites": list(self.sites)}
+
+    def decided(self, seen: Iterable[SiteObservation]) -> Masking:
+        """What is `auto` here, in view of what was observed."""
+        score, plain = self.score, self.population == "possible" and self.rule == "mass"
+        if score == "auto":
+            score = "loss" if plain and all(site.loss is not None for site in seen) else "mean"
+        pool = self.pool if self.pool != "auto" else "stack" if score == "loss" else "layer"
+        return replace(self, score=score, pool=pool)
 
 
 def make_plan(
@@ -159,6 +165,7 @@ def make_plan(
     if not seen:
         there = sorted({site.family for site in observation.at(length).values()})
         raise UsageError(f"The observation has no {' or '.join(masking.sites)} attention, only {', '.join(there)}.")
+    masking = masking.decided(seen.values())
     block = _block(observation, masking)
     found = [candidates(site, observation.block, block, masking) for site in seen.values()]
     pools: dict[tuple[str, ...], list[tuple[int, int]]] = {}
