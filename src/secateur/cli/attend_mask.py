@@ -23,7 +23,7 @@ _UNSET = ""
 
 @dataclass(frozen=True)
 class MaskOptions(Masking):
-    """Choose the blocks that each head keeps, by the attention mass that was observed in them.
+    """Choose the blocks that each head keeps, by what the loss or the attention was observed to have in them.
 
     secateur attend mask observed/ --sparsity 0.9 --kind toeplitz --pool layer --out plan/
     """

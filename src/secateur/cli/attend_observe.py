@@ -34,7 +34,7 @@ class ObserveOptions:
 
     secateur attend observe smollm2 --text gutenberg --lengths 1024 2048 --out observed/
 
-    secateur attend observe opus-mt-zh-en --pairs pairs.jsonl:zh,en --block 1 --out observed/
+    secateur attend observe opus-mt-zh-en --pairs pairs.jsonl:zh,en --samples 400 --block 1 --gradients --out observed/
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -50,7 +50,7 @@ class ObserveOptions:
     block: int = 64
     """Tokens on a side of the blocks that are summed; 1 is every entry, for at most 1024 tokens."""
     gradients: bool = False
-    """Also how much the loss depends on each block, for attend mask --score loss: a backward pass a window."""
+    """Also how much the loss depends on each block, which attend mask then goes by: a backward pass a window."""
     seed: int = 0
     """Of the choice of windows."""
     batch_size: int = 1
