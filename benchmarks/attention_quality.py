@@ -225,9 +225,9 @@ class Bench:
             self.options.model = case.model
             made = Group(self.loaded[1], self.loaded[2], case.what, self.options, self.progress)
             if made.pairs:  # all of its groups are of the same sentences
-                made.__dict__.update(
-                    self.seen.setdefault(case.model, {"held": made.held, "observation": made.observation})
-                )
+                if case.model not in self.seen:
+                    self.seen[case.model] = {"held": made.held, "observation": made.observation}
+                made.__dict__.update(self.seen[case.model])
             self.group = ((case.model, case.what), made)
         return self.group[1]
 
