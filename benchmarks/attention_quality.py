@@ -119,7 +119,8 @@ class Group:
     def observation(self) -> Observation:
         """Of text that is not measured."""
         progress, samples = self.progress, self.options.samples
-        by_loss = any(kind.endswith(":loss") for kind in (*self.options.kinds, *self.options.train_kinds))
+        kinds = (*self.options.kinds, *(self.options.train_kinds if self.options.train_at else ()))
+        by_loss = any(kind.endswith(":loss") for kind in kinds)
         how: dict[str, Any] = {"block": self.block, "gradients": by_loss, "progress": progress}
         if self.pairs:
             return observe_pairs(self.model, self.tokenizer, self.sentences[0], batch_size=self.size, **how)

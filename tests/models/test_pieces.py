@@ -61,6 +61,6 @@ def test_the_other_model_s_normalisation_is_kept() -> None:
 
 
 def test_something_else_is_no_model() -> None:
-    for data in (b"\x0a", b"\x08\x01", b"\x0a\xff"):
+    for data in (b"\x0a", b"\x08\x01", b"\x0a\xff", b"\x0a\x02a"):
         with pytest.raises(ValueError, match="no SentencePiece model"):
             unigram_model(TOKENS, data)

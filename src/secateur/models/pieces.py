@@ -80,5 +80,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
             shift += 7
             if data[at] < 128:
                 break
-        yield tag >> 3, data[at + 1 : at + 1 + size]
-        at += 1 + size
+        at += 1
+        if at + size > len(data):
+            raise ValueError(f"no SentencePiece model: it ends {at + size - len(data)} bytes early")
+        yield tag >> 3, data[at : at + size]
+        at += size
