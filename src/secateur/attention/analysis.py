@@ -204,9 +204,7 @@ def _analyse(site: SiteObservation, ordinal: int, kept: Heads | None) -> SiteAna
 
 def _path(site: SiteObservation) -> tuple[Tensor, Tensor]:
     """(heads,) twice: how often the strongest column does not go back, and its correlation with the row."""
-    mass, count = site.mass, site.count
-    if site.last_mass is not None and site.last_count is not None:
-        mass, count = mass - site.last_mass, count - site.last_count
+    mass, count = site.without_last() or (site.mass, site.count)
     best = (mass / count.clamp(min=1)).argmax(2).double()  # (heads, rows)
     there = mass.sum(2) > 0
     weight = (site.queries * there).double()

@@ -93,13 +93,12 @@ class _Grid:
         if summed is None:
             raise UsageError(f"The score 'loss' needs gradients, and {site.name} has none: observe with --gradients.")
         if last:
-            own = getattr(site, f"last_{name}")
-            if own is None or site.last_count is None:
+            if (rest := site.without_last(name)) is None:
                 raise UsageError(
                     f"The observation of {site.name} does not tell the last keys from the others: observe again, or "
                     "take --last never."
                 )
-            summed, scored = summed - own, scored - site.last_count
+            summed, scored = rest
         mass = summed.double().view(groups, -1, *site.count.shape).mean(1)
         return cls(mass, site.count, site.area, scored, last).coarser(factor)
 

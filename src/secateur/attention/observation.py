@@ -93,6 +93,11 @@ class SiteObservation:
         """(heads, rows, columns): over sequences, of the tile's mean; of the entry, if the block is 1."""
         return (self.square / self.count.clamp(min=1) - self.mean.square()).clamp(min=0)
 
+    def without_last(self, name: str = "mass") -> tuple[Tensor, Tensor] | None:
+        """One of the sums, and its pairs, outside each sequence's last block of keys; None if not told apart."""
+        own, pairs = getattr(self, f"last_{name}"), self.last_count
+        return None if own is None or pairs is None else (getattr(self, name) - own, self.count - pairs)
+
     def fact(self, name: str) -> Tensor:
         """(heads,): the mean over queries of one of `FACTS`."""
         return self.facts[..., FACTS.index(name)].sum(1) / self.queries.sum().clamp(min=1)

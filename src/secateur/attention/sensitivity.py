@@ -59,12 +59,14 @@ def sensitivity_tiles(
     )
     for part, at, mask in chunks(query, key, block, allowed):
         end = mask.shape[1]
+        alone = sum_columns(mask.int(), block) == mask.sum(-1, keepdim=True)  # no other tile could take its mass
         for heads, own, scores in scores_of(query, key, scaling, bias, part, end):
             weights = scores.masked_fill_(~mask, LOW).softmax(-1).mul_(mask)  # a query without a key has no weights
             along = gradient[heads, part].float() @ value[own, :end].float().mT
             change = weights * (along - (weights * along).sum(-1, keepdim=True))
             rest = (1 - sum_columns(weights, block)).clamp(min=LEAST)
-            found[heads, at, : blocks(end, block)] = sum_rows((sum_columns(change, block) / rest).square(), block)
+            moved = (sum_columns(change, block) / rest).masked_fill(alone, 0.0)
+            found[heads, at, : blocks(end, block)] = sum_rows(moved.square(), block)
     return found
 
 
