@@ -134,6 +134,18 @@ def test_a_model_without_a_head_is_asked_for_its_states(tmp_path):
     assert torch.equal(loaded.at()[name].loss, one.at()[name].loss)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_the_losses_of_an_earlier_version_are_not_taken_for_these(gradients, tmp_path):
+    folder = save_observation(observe(make("llama"), ids(1, 8), block=4, gradients=gradients), tmp_path / "seen")
+    file = folder / "observation.json"
+    file.write_text(file.read_text().replace("observation 2", "observation 1"))
+    if gradients:
+        with pytest.raises(UsageError, match="by an earlier version, whose losses mean something else: observe again"):
+            load_observation(folder)
+    else:
+        assert load_observation(folder).at()
+
+
 def test_masks_by_loss_keep_what_the_loss_depends_on():
     seen = observe(make("llama"), ids(3, 16), block=2, gradients=True)
     sites = dict(seen.at())

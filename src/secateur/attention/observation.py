@@ -31,7 +31,8 @@ from secateur.attention.tiles import FACTS
 from secateur.cache import put_in_place, scratch_beside, sync
 from secateur.errors import LoadFailure, OutputExists, SaveFailure, UsageError, check_whole
 
-FORMAT = "secateur attention observation 1"
+FORMAT = "secateur attention observation 2"
+FIRST = "secateur attention observation 1"  # the same, but for what its losses are: derivatives by the scores
 TENSORS, RECORD = "observation.safetensors", "observation.json"
 _TENSORS = ("mass", "square", "count", "area", "facts", "queries")
 _OPTIONAL = ("loss", "last_mass", "last_square", "last_count", "last_loss")
@@ -197,11 +198,16 @@ def load_observation(folder: str | Path) -> Observation:
         raise UsageError(f"{source} has no {RECORD}: name a folder that secateur attend observe has written.")
     try:
         record = json.loads((source / RECORD).read_text(encoding="utf-8"))
-        if record.get("format") != FORMAT:
+        if record.get("format") not in (FORMAT, FIRST):
             raise UsageError(f"{source / RECORD} is no observation of attention (format {record.get('format')!r}).")
         lengths: dict[int, dict[str, SiteObservation]] = {}
         with safe_open(source / TENSORS, framework="pt") as opened:
             there = set(opened.keys())
+            if record["format"] == FIRST and any(key.endswith(".loss") for key in there):
+                raise UsageError(
+                    f"{source} was observed with --gradients by an earlier version, whose losses mean something else: "
+                    "observe again."
+                )
             for facts in record["sites"]:
                 length, name = int(facts["length"]), facts["name"]
                 kept = [key for key in (*_TENSORS, *_OPTIONAL) if key in _TENSORS or f"{length}.{name}.{key}" in there]
