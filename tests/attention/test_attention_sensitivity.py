@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import ids, make
 
+from secateur.attention.apply import attached
 from secateur.attention.hooks import intercept
 from secateur.attention.masking import make_plan
 from secateur.attention.observation import load_observation, save_observation
@@ -184,3 +185,29 @@ def test_masks_by_loss_need_gradients():
     seen = observe(make("llama"), ids(2, 16), block=4)
     with pytest.raises(UsageError, match="observe with --gradients"):
         make_plan(seen, 0.5, score="loss")
+
+
+def test_by_the_loss_encoders_have_single_positions_that_go_on_behind_the_observed_length():
+    model, batch = make("t5"), {"input_ids": ids(2, 12), "decoder_input_ids": ids(2, 12)}
+    given = observe(model, batch, block=2, gradients=True)
+    families = {name: site.family for name, site in given.at().items()}
+
+    def kinds(**options):
+        plan = make_plan(given, 0.3, **options)
+        return plan, {families[name]: (mask.kind, mask.extend) for name, mask in plan.sites.items()}
+
+    plan, found = kinds()
+    assert found["encoder-self"] == ("absolute", "diagonal") and found["decoder-self"][0] == "toeplitz"
+    assert plan.record["masking"]["kind"] == "auto"  # two kinds have no one name
+    assert kinds(score="mean")[1]["encoder-self"][0] == "toeplitz"
+    assert kinds(kind="absolute")[1]["encoder-self"] == ("absolute", "refuse")
+    assert kinds(kind="absolute", extend="diagonal")[1]["encoder-self"] == ("absolute", "diagonal")
+    only, found = kinds(sites=("encoder-self",))
+    assert only.record["masking"]["kind"] == "absolute" and set(found) == {"encoder-self"}
+
+    longer = {"input_ids": ids(1, 20), "decoder_input_ids": ids(1, 20)}
+    with torch.no_grad():
+        with attached(model, plan):
+            assert torch.isfinite(model(**longer).logits).all()
+        with attached(model, kinds(kind="absolute")[0]), pytest.raises(UsageError, match="calibrated at 12 tokens"):
+            model(**longer)

@@ -59,7 +59,7 @@ def candidates(site: SiteObservation, observed: int, block: int, masking: Maskin
     Raises:
         UsageError: the observation lacks what the options ask for.
     """
-    kind = masking.cross if site.family == "decoder-cross" else masking.kind
+    kind = masking.kind_of(site.family)
     factor = block // observed
     groups = site.kv_heads if masking.share == "kv_group" else site.heads
     last = _keeps_last(site, block, masking)

@@ -15,7 +15,7 @@ Source: Rugina et al. 2020, arXiv:2012.02030: the mean attention of a data set, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from secateur.errors import InvalidParameter, UnknownName, UsageError, check_who
 from secateur.masks import check_sparsity, drop_count
 
 KINDS = ("toeplitz", "hybrid", "absolute")
+EXTENSIONS = ("auto", "refuse", "diagonal")
 POOLS = ("auto", "head", "kv_group", "layer", "stack", "model")
 POPULATIONS = ("possible", "paper")
 RULES = ("mass", "any")
@@ -43,8 +44,8 @@ _SHORT = {"cross": "decoder-cross"}
 class Masking:
     """How observed attention becomes masks.
 
-    >>> Masking(0.5).kind
-    'toeplitz'
+    >>> Masking(0.5).kind_of("decoder-self"), Masking(0.5, score="loss").kind_of("encoder-self")
+    ('toeplitz', 'absolute')
     >>> Masking(0.5, kind="toplitz")
     Traceback (most recent call last):
     secateur.errors.UnknownName: There is no kind of attention mask 'toplitz'. Did you mean 'toeplitz'? ...
@@ -52,9 +53,9 @@ class Masking:
 
     sparsity: float
     """Share of a pool's blocks that may meet to drop; with population paper the percentile; in [0, 1)."""
-    kind: str = "toeplitz"
+    kind: str = "auto"
     """toeplitz: distances of blocks. absolute: single blocks, which end with the observed length. hybrid: single blocks
-    in the first rows, distances behind them."""
+    in the first rows, distances behind them. auto: absolute in encoders with score loss, and else toeplitz."""
     cross: str = "absolute"
     """The kind of cross-attention, whose positions are of two texts. An absolute one goes on along the diagonal behind
     its last row."""
@@ -86,8 +87,9 @@ class Masking:
     """Which attention is masked: encoder-self, decoder-self, cross; the rest stays dense."""
     share: str = "head"
     """Who has a mask of its own: every head, or a kv_group, whose heads then read the same keys."""
-    extend: str = "refuse"
-    """What an absolute mask of self-attention does behind the observed length: refuse, or go on along the diagonal."""
+    extend: str = "auto"
+    """What an absolute mask of self-attention does behind the observed length: refuse, or go on along the diagonal;
+    auto is diagonal where the kind is auto too."""
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity, "attention masks")
@@ -95,11 +97,11 @@ class Masking:
         chosen = tuple(_SHORT.get(word, word) for word in ((words,) if isinstance(words, str) else words))
         object.__setattr__(self, "sites", chosen)
         for kind, value, known in (
-            ("kind of attention mask", self.kind, KINDS), ("kind of attention mask", self.cross, KINDS),
+            ("kind of attention mask", self.kind, ("auto", *KINDS)), ("kind of attention mask", self.cross, KINDS),
             ("pool", self.pool, POOLS), ("population", self.population, POPULATIONS), ("block rule", self.rule, RULES),
             ("attention score", self.score, SCORES),
             ("value of share", self.share, ("head", "kv_group")),
-            ("value of extend", self.extend, ("refuse", "diagonal")), ("value of last", self.last, LASTS),
+            ("value of extend", self.extend, EXTENSIONS), ("value of last", self.last, LASTS),
             *(("kind of attention", word, FAMILIES) for word in chosen),
         ):  # fmt: skip
             if value not in known:
@@ -108,7 +110,7 @@ class Masking:
             value = getattr(self, name)
             if value is not None or name == "sinks":
                 check_whole(name, "attention masks", value, least)
-        used = {self.cross if word == "decoder-cross" else self.kind for word in chosen}
+        used = {self.kind_of(word) for word in chosen}
         for name, value in (("population", self.population), ("rule", self.rule)):
             if value in ("paper", "any") and used != {"absolute"}:
                 raise UsageError(
@@ -117,17 +119,28 @@ class Masking:
         if self.share == "kv_group" and self.pool == "head":
             raise UsageError("Heads that share a mask cannot have a pool each: take --pool kv_group, or layer.")
 
+    def kind_of(self, family: str) -> str:
+        """The kind of the masks of encoder-self, decoder-self or decoder-cross attention."""
+        if family == "decoder-cross":
+            return self.cross
+        if self.kind != "auto":
+            return self.kind
+        return "absolute" if family == "encoder-self" and self.score == "loss" else "toeplitz"
+
     def to_dict(self) -> dict[str, Any]:
         """All options, ready for JSON."""
         return asdict(self) | {"sites": list(self.sites)}
 
-    def decided(self, seen: Iterable[SiteObservation]) -> Masking:
-        """What is `auto` here, in view of what was observed."""
+    def decided(self, seen: Collection[SiteObservation]) -> Masking:
+        """What is `auto` here, in view of what was observed; the kind stays so where encoders and decoders differ."""
         score, plain = self.score, self.population == "possible" and self.rule == "mass"
         if score == "auto":
             score = "loss" if plain and all(site.loss is not None for site in seen) else "mean"
         pool = self.pool if self.pool != "auto" else "stack" if score == "loss" else "layer"
-        return replace(self, score=score, pool=pool)
+        extend = self.extend if self.extend != "auto" else "diagonal" if self.kind == "auto" else "refuse"
+        found = replace(self, score=score, pool=pool, extend=extend)
+        kinds = {found.kind_of(site.family) for site in seen if site.family != "decoder-cross"}
+        return replace(found, kind=kinds.pop()) if len(kinds) == 1 else found
 
 
 def make_plan(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LONGEST_BY_ENTRY = 1024  # tokens: the sums of all heads are held
-Data = Calibration | Tensor | Sequence[Mapping[str, Tensor]]
+Data = Calibration | Tensor | Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
 
 
 def observe(
@@ -50,8 +50,8 @@ def observe(
 
     Args:
         model: a transformers model whose attention can be replaced (`find_sites`); it is left as it was.
-        data: ids (n, tokens), or what `secateur.calibration` gives; or ready batches of keyword arguments, with
-            `attention_mask` (and `decoder_attention_mask`) where they are padded.
+        data: ids (n, tokens), or what `secateur.calibration` gives; or a ready batch of keyword arguments, or several,
+            with `attention_mask` (and `decoder_attention_mask`) where they are padded.
         lengths: tokens at which to observe, several in one run: each row of ids is cut into windows so long. By
             default the whole rows. Ready batches have lengths of their own, and their longest names the result.
         block: tokens on a side of a tile.
@@ -189,8 +189,9 @@ def _about(data: Data) -> dict[str, Any]:
         return dict(data.record)
     if isinstance(data, Tensor):
         return {"text": None, "samples": data.shape[0], "seqlen": data.shape[1], "sha256": ids_sha256(data)}
-    ids = [value.flatten() for batch in data for name, value in batch.items() if name.endswith("ids")]
-    return {"text": None, "samples": sum(map(_rows, data)), "sha256": ids_sha256(torch.cat(ids))}
+    batches = _ready(data)
+    ids = [value.flatten() for batch in batches for name, value in batch.items() if name.endswith("ids")]
+    return {"text": None, "samples": sum(map(_rows, batches)), "sha256": ids_sha256(torch.cat(ids))}
 
 
 @dataclass
