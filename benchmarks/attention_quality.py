@@ -283,7 +283,7 @@ def main() -> None:
         help="of masks, as toeplitz, toeplitz:POOL or toeplitz:POOL:loss",
     )
     parser.add_argument("--train-at", type=float, nargs="*", default=[0.9, 0.75, 0.5])
-    parser.add_argument("--train-kinds", nargs="+", default=["toeplitz:stack:loss", "window", "random"])
+    parser.add_argument("--train-kinds", nargs="+", default=["auto:stack:loss", "window", "random"])
     parser.add_argument("--steps", type=int, default=100, help="of training")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--rank", type=int, default=8)

@@ -120,7 +120,7 @@ class Masking:
             raise UsageError("Heads that share a mask cannot have a pool each: take --pool kv_group, or layer.")
 
     def kind_of(self, family: str) -> str:
-        """The kind of the masks of encoder-self, decoder-self or decoder-cross attention."""
+        """The kind of the masks of encoder-self, decoder-self or decoder-cross attention, by the score as it stands."""
         if family == "decoder-cross":
             return self.cross
         if self.kind != "auto":

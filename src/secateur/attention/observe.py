@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 LONGEST_BY_ENTRY = 1024  # tokens: the sums of all heads are held
 Data = Calibration | Tensor | Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
+_Data = Calibration | Tensor | list[Batch]
 
 
 def observe(
@@ -84,6 +85,7 @@ def observe(
     [('model.layers.0.self_attn', 3, 48.0)]
     """
     block = 1 if entries else check_block(block)
+    data = data if isinstance(data, (Calibration, Tensor)) else _ready(data)
     runs = _runs(model, data, lengths, block, batch_size)
     if entries and (longest := max(runs)) > LONGEST_BY_ENTRY:
         raise InvalidParameter("entries", "observe", f"used with at most {LONGEST_BY_ENTRY} tokens", longest)
@@ -110,7 +112,7 @@ def observe(
     return observation
 
 
-def _runs(model: Any, data: Data, lengths: Sequence[int] | None, block: int, size: int) -> dict[int, list[Batch]]:
+def _runs(model: Any, data: _Data, lengths: Sequence[int] | None, block: int, size: int) -> dict[int, list[Batch]]:
     """Length -> the batches to run."""
     check_whole("batch_size", "observe", size)
     for length in lengths or ():
@@ -119,11 +121,10 @@ def _runs(model: Any, data: Data, lengths: Sequence[int] | None, block: int, siz
     ids = data.ids if isinstance(data, Calibration) else data
     mask = data.mask if isinstance(data, Calibration) else None
     if not isinstance(ids, Tensor):
-        batches = _ready(ids)
         if lengths is not None:
             raise UsageError("Ready batches have lengths of their own: leave lengths out.")
-        longest = max(value.shape[1] for batch in batches for name, value in batch.items() if name.endswith("ids"))
-        return {_long_enough(longest, block): batches}
+        longest = max(value.shape[1] for batch in ids for name, value in batch.items() if name.endswith("ids"))
+        return {_long_enough(longest, block): ids}
     if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         raise UsageError(
             f"Attention is observed on ids (n, tokens) int64; got {ids.dtype} of shape {tuple(ids.shape)}."
@@ -184,14 +185,13 @@ def _one_by_one(batch: Batch) -> list[Batch]:
     return [{name: value[row : row + 1] for name, value in batch.items()} for row in range(_rows(batch))]
 
 
-def _about(data: Data) -> dict[str, Any]:
+def _about(data: _Data) -> dict[str, Any]:
     if isinstance(data, Calibration):
         return dict(data.record)
     if isinstance(data, Tensor):
         return {"text": None, "samples": data.shape[0], "seqlen": data.shape[1], "sha256": ids_sha256(data)}
-    batches = _ready(data)
-    ids = [value.flatten() for batch in batches for name, value in batch.items() if name.endswith("ids")]
-    return {"text": None, "samples": sum(map(_rows, batches)), "sha256": ids_sha256(torch.cat(ids))}
+    ids = [value.flatten() for batch in data for name, value in batch.items() if name.endswith("ids")]
+    return {"text": None, "samples": sum(map(_rows, data)), "sha256": ids_sha256(torch.cat(ids))}
 
 
 @dataclass
